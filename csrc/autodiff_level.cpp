@@ -1,0 +1,288 @@
+// The autodiff level: record with PyTorch's autograd, run one level down. See autodiff_level.h first.
+#include "autodiff_level.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
+#include <ATen/ops/alias.h>
+#include <torch/csrc/autograd/forward_grad.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+#include "keys.h"
+#include "op_args.h"
+#include "symbolic_zero.h"
+
+namespace functorch_lite {
+namespace {
+
+// PyTorch has one forward-mode level for the process. All jvp levels of all threads share it, wrappers keeping
+// their tangents apart; it is entered with the first and left with the last, unless the user had entered it.
+constexpr uint64_t kForwardIndex = 0;
+class SharedForwardMode {
+ public:
+  void acquire() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (users_++ > 0 || torch::autograd::ForwardADLevel::try_get_by_idx(kForwardIndex) != nullptr) return;
+    torch::autograd::ForwardADLevel::get_next_idx();
+    entered_here_ = true;
+  }
+  void release() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--users_ > 0 || !entered_here_) return;
+    entered_here_ = false;
+    torch::autograd::ForwardADLevel::release_idx(kForwardIndex);
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t users_ = 0;
+  bool entered_here_ = false;
+};
+SharedForwardMode shared_forward_mode;
+
+// Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
+bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
+
+[[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
+                                        const at::Tensor& target) {
+  TORCH_CHECK_VALUE(false, level.kind(), ": the function calls the in-place operator ", op.operator_name().name,
+                    " to write a value that depends on the differentiated inputs into a tensor captured from outside "
+                    "(shape ",
+                    target.sym_sizes(), ", dtype ", target.scalar_type(),
+                    "). The derivative would be lost. Return the value from the function, or write into a tensor that "
+                    "is created inside it, for example a clone of the captured one.");
+}
+
+}  // namespace
+
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, tensor).defined();
+}
+
+AutodiffLevel::~AutodiffLevel() {
+  if (forward()) shared_forward_mode.release();
+}
+
+bool AutodiffLevel::needs_derivative(const at::Tensor& tensor) const {
+  return forward() ? has_tangent(tensor) : tensor.requires_grad();
+}
+
+void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
+  const auto n = count_arguments(op);
+  auto* arguments = stack.data() + stack.size() - n;
+  bool any_here = false;
+  bool any_closed = false;
+  bool any_variable = false;
+  bool any_foreign = false;
+  bool any_zero = false;
+  for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = as_wrapper(tensor);
+    if (wrapper != nullptr && wrapper->level() == this) {
+      any_here = true;
+      any_zero |= wrapper->is_symbolic_zero;
+      any_variable |= needs_derivative(tensor);
+    } else if (wrapper != nullptr && !is_active(wrapper->level())) {
+      any_closed = true;
+    } else {
+      any_foreign |= carries_foreign_derivative(tensor);
+    }
+  });
+  if (C10_UNLIKELY(any_closed)) {
+    replace_tensors(arguments, n, strip_closed_levels);
+    return run(op, stack);
+  }
+  if (forward() && try_symbolic_zero(op, stack, any_zero, *this)) return;
+
+  const auto modes = AutogradModes::current();
+  any_variable = any_variable && (forward() ? modes.forward_grad : modes.grad);
+  const auto aliasing = aliasing_of(op.schema());
+  if (aliasing.writes) {
+    const auto& schema = op.schema();
+    for (size_t i = 0; i < n; ++i) {
+      const auto* alias = schema.arguments()[i].alias_info();
+      if (alias == nullptr || !alias->isWrite()) continue;
+      bool captured = false;
+      for_each_tensor(arguments + i, 1, [&](const at::Tensor& target) {
+        const auto* wrapper = wrapper_at(target, this);
+        captured |= wrapper == nullptr || wrapper->is_captured;
+        if (captured && any_variable) refuse_captured_write(op, *this, target);
+      });
+      if (captured) return run_below(op, stack, false);
+    }
+  }
+  // Views and writes of constants go through autograd too: it tracks which tensors share memory, so that a
+  // derivative written into one later is seen through the others.
+  if (!any_variable && (!aliasing.any || !any_here)) return run_below(op, stack, aliasing.any && !any_here);
+
+  if (any_foreign) {
+    replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
+      const bool foreign = wrapper_at(tensor, this) == nullptr && carries_foreign_derivative(tensor);
+      return foreign ? wrap(tensor, *this) : tensor;
+    });
+  }
+  // Only operators that alias or write have something to do with views and versions; on others the key would lead to
+  // a fallthrough, which a redispatch must not name.
+  const bool tracks_views = aliasing.any && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
+  const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
+  op.redispatchBoxed(keys - c10::impl::tls_local_dispatch_key_set().excluded_, &stack);
+}
+
+void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, bool may_be_captured) {
+  const auto& schema = op.schema();
+  const auto n = schema.arguments().size();
+  auto* arguments = stack.data() + stack.size() - n;
+  c10::SmallVector<c10::IValue, 1> written;
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    const auto index = written_argument(schema, i);
+    written.push_back(index < 0 ? c10::IValue() : arguments[index]);
+  }
+  std::vector<at::Tensor> sources;
+  if (may_be_captured) {
+    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(innermost_value(tensor)); });
+  }
+  {
+    RunBelow below(*this);
+    if (aliasing_of(schema).writes && op.hasTag(at::Tag::inplace_view)) {
+      // squeeze_() and the like change the tensor object, which saved copies of the wrapper share.
+      auto* target = wrapper_at(arguments[0].toTensor(), this);
+      if (target != nullptr) target->replace_value(at::alias(target->value()), target->bdim());
+    }
+    replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
+      auto* wrapper = wrapper_at(tensor, this);
+      return wrapper != nullptr ? wrapper->value() : tensor;
+    });
+    op.callBoxed(&stack);
+  }
+  auto* results = stack.data() + stack.size() - schema.returns().size();
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    if (!written[i].isNone()) {
+      results[i] = std::move(written[i]);
+      for_each_tensor(results + i, 1, [&](const at::Tensor& tensor) {
+        if (auto* wrapper = wrapper_at(tensor, this)) wrapper->refresh();
+      });
+      continue;
+    }
+    replace_tensors(results + i, 1, [&](const at::Tensor& tensor) {
+      auto result = wrap(tensor, *this);
+      const auto& memory = innermost_value(tensor);
+      for (const auto& source : sources) {
+        const bool shared = source.has_storage() && memory.has_storage() && memory.is_alias_of(source);
+        if (shared) as_wrapper(result)->is_captured = true;
+      }
+      return result;
+    });
+  }
+}
+
+at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
+  auto result = wrap(value, *this);
+  result.unsafeGetTensorImpl()->set_requires_grad(true);
+  return result;
+}
+
+at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
+  auto result = wrap(primal, *this);
+  // Wrapped too, for it may have a tangent of its own one level down.
+  result.unsafeGetTensorImpl()->_set_fw_grad(wrap(tangent, *this), result, kForwardIndex, /*is_inplace_op=*/false);
+  return result;
+}
+
+at::Tensor AutodiffLevel::tangent_of(const at::Tensor& dual) {
+  if (wrapper_at(dual, this) == nullptr) return {};
+  const auto& tangent = dual.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, dual);
+  return tangent.defined() ? value_of(tangent) : at::Tensor();
+}
+
+at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {
+  auto* wrapper = wrapper_at(tensor, this);
+  return wrapper != nullptr ? wrapper->value() : tensor;
+}
+
+namespace {
+
+// Where PyTorch's autograd kernels arrive once they have recorded the call at the innermost level.
+void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  auto* level = dynamic_cast<AutodiffLevel*>(current_level());
+  TORCH_INTERNAL_ASSERT(level != nullptr, op.operator_name(), " was recorded outside an autodiff level");
+  level->run_below(op, *stack, false);
+}
+
+// The formulas ask before they give a tangent to a tensor whose memory layout must match. Ours have no storage.
+void same_storage_size(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
+  torch::jit::drop(*stack, 2);
+  torch::jit::push(*stack, true);
+}
+
+// Fused attention has no second derivative and no forward mode, its plain form has all.
+void choose_plain_attention(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  constexpr int64_t kPlain = 0;
+  torch::jit::drop(*stack, count_arguments(op));
+  torch::jit::push(*stack, kPlain);
+}
+
+// kBelowAutograd is a backend key, where kernels shared by all backends would win over a fallback. So the handler
+// is registered on every operator that autograd records, now and, for operators defined later, on first use.
+class Handlers final : public c10::OpRegistrationListener {
+ public:
+  void onOperatorRegistered(const c10::OperatorHandle& op) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pending_.push_back(op);
+    any_pending_.store(true, std::memory_order_release);
+  }
+  void onOperatorDeregistered(const c10::OperatorHandle& op) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pending_.erase(std::remove(pending_.begin(), pending_.end(), op), pending_.end());
+  }
+
+  void register_pending() {
+    if (C10_LIKELY(!any_pending_.load(std::memory_order_acquire))) return;
+    std::vector<c10::OperatorHandle> operators;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      operators.swap(pending_);
+      any_pending_.store(false, std::memory_order_release);
+    }
+    for (const auto& op : operators) {
+      if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
+      if (op.hasKernelForDispatchKey(kBelowAutograd)) continue;
+      registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
+          op.operator_name(), kBelowAutograd, kernel_for(op), std::nullopt, nullptr, "functorch_lite: below autograd"));
+    }
+  }
+
+ private:
+  static c10::KernelFunction kernel_for(const c10::OperatorHandle& op) {
+    const auto& name = op.operator_name().name;
+    if (name == "aten::_has_same_storage_numel") return c10::KernelFunction::makeFromBoxedFunction<&same_storage_size>();
+    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain_attention>();
+    return c10::KernelFunction::makeFromBoxedFunction<&below_autograd>();
+  }
+
+  std::mutex mutex_;
+  std::vector<c10::OperatorHandle> pending_;
+  std::atomic<bool> any_pending_{false};
+  std::vector<c10::RegistrationHandleRAII> registrations_;
+};
+
+Handlers* handlers = nullptr;
+
+}  // namespace
+
+void register_below_autograd() {
+  auto listener = std::make_unique<Handlers>();
+  handlers = listener.get();
+  // Never removed: the dispatcher outlives every level.
+  static auto* registration =
+      new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().addRegistrationListener(std::move(listener)));
+  (void)registration;
+  handlers->register_pending();
+}
+
+AutodiffLevel::AutodiffLevel(Mode mode) : Level(/*sets_modes=*/true), mode_(mode) {
+  handlers->register_pending();
+  if (forward()) shared_forward_mode.acquire();
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,164 @@
+// One operator call as a batching rule sees it. See batch_call.h first.
+#include "batch_call.h"
+
+#include <ATen/ops/expand.h>
+#include <ATen/ops/permute.h>
+#include <ATen/ops/unsqueeze.h>
+#include <ATen/ops/view.h>
+
+namespace functorch_lite {
+namespace {
+
+[[noreturn]] void refuse_unbatched_write(const c10::OperatorHandle& op, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(false, "vmap: the in-place operator ", op.operator_name().name,
+                    " writes batched values into a tensor that is not batched (shape ", target.sym_sizes(),
+                    "): every example would need its own copy. Use the out-of-place form, or make the tensor from a "
+                    "batched one, for example with x.new_zeros(...) or torch.zeros_like(x).");
+}
+
+}  // namespace
+
+BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
+    : op_(op),
+      stack_(stack),
+      begin_(stack.size() - count_arguments(op)),
+      level_(current_vmap_level()),
+      bdims_(stack.size() - begin_, kNoBatchDim),
+      below_(level_) {
+  const auto& schema = op.schema();
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    const auto index = written_argument(schema, i);
+    if (index >= 0) written_.resize(schema.returns().size());
+    if (index >= 0) written_[i] = arg(index);
+  }
+  for (size_t i = 0; i < bdims_.size(); ++i) {
+    auto& value = arg(i);
+    if (value.isTensor()) {
+      if (const auto* wrapper = value.toTensor().defined() ? wrapper_at(value.toTensor(), &level_) : nullptr) {
+        bdims_[i] = wrapper->bdim();
+        value = at::Tensor(wrapper->value());
+      } else if (const auto* alias = schema.arguments()[i].alias_info()) {
+        if (alias->isWrite() && value.toTensor().defined() && !op.hasTag(at::Tag::nondeterministic_seeded)) {
+          refuse_unbatched_write(op, value.toTensor());
+        }
+      }
+    } else if (value.isList() && holds_tensor_list(value)) {
+      std::vector<bool> batched;
+      bool any = false;
+      for (const auto& e : value.toListRef()) {
+        const bool is_batched = e.isTensor() && e.toTensor().defined() && wrapper_at(e.toTensor(), &level_) != nullptr;
+        batched.push_back(is_batched);
+        any |= is_batched;
+      }
+      if (!any) continue;
+      replace_tensors(&value, 1, [&](const at::Tensor& tensor) {
+        const auto* wrapper = wrapper_at(tensor, &level_);
+        return wrapper != nullptr ? move_dim(wrapper->value(), wrapper->bdim(), 0) : tensor;
+      });
+      batched_lists_.emplace_back(i, std::move(batched));
+    }
+  }
+}
+
+std::optional<size_t> BatchCall::find(std::string_view name) const {
+  const auto& arguments = schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i].name() == name) return i;
+  }
+  return std::nullopt;
+}
+
+size_t BatchCall::position(std::string_view name) const {
+  const auto index = find(name);
+  TORCH_INTERNAL_ASSERT(index.has_value(), op_.operator_name(), " has no argument '", name, "'");
+  return *index;
+}
+
+const at::Tensor& BatchCall::to_front(size_t i, int64_t rank) {
+  if (!is_batched(i)) return tensor(i);
+  const bool moves = bdims_[i] != 0;
+  const bool pads = tensor(i).dim() - 1 < rank;
+  if (moves || pads) {
+    auto x = move_dim(tensor(i), bdims_[i], 0);
+    arg(i) = pads ? pad_rank(x, rank) : std::move(x);
+    bdims_[i] = 0;
+  }
+  return tensor(i);
+}
+
+const at::Tensor& BatchCall::expand_to_front(size_t i, int64_t rank) {
+  if (!is_batched(i)) {
+    arg(i) = expand_batch(tensor(i), batch_size());
+    bdims_[i] = 0;
+  }
+  return to_front(i, rank);
+}
+
+const std::vector<bool>* BatchCall::batched_elements(size_t i) const {
+  for (const auto& [position, batched] : batched_lists_) {
+    if (position == i) return &batched;
+  }
+  return nullptr;
+}
+
+bool BatchCall::is_list_batched(size_t i) const { return batched_elements(i) != nullptr; }
+
+bool BatchCall::is_element_batched(size_t i, size_t k) const {
+  const auto* batched = batched_elements(i);
+  return batched != nullptr && (*batched)[k];
+}
+
+std::vector<at::Tensor> BatchCall::expanded_list(size_t i) {
+  auto tensors = arg(i).toTensorVector();
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    if (!is_element_batched(i, k)) tensors[k] = expand_batch(tensors[k], batch_size());
+  }
+  return tensors;
+}
+
+void BatchCall::call(const c10::OperatorHandle& other, Stack arguments) {
+  other.callBoxed(&arguments);
+  take_results(std::move(arguments));
+}
+
+void BatchCall::take_results(Stack results) {
+  torch::jit::drop(stack_, stack_.size() - begin_);
+  for (auto& result : results) stack_.push_back(std::move(result));
+}
+
+void BatchCall::finish(int64_t bdim) {
+  for (size_t i = 0; i < count_results(); ++i) {
+    if (i < written_.size() && !written_[i].isNone()) {
+      result(i) = std::move(written_[i]);
+      for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
+        if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
+      });
+    } else if (bdim != kNoBatchDim) {
+      replace_tensors(&result(i), 1, [&](const at::Tensor& tensor) { return wrap(tensor, level_, bdim); });
+    }
+  }
+}
+
+at::Tensor move_dim(const at::Tensor& x, int64_t from, int64_t to) {
+  if (from == to) return x;
+  c10::SmallVector<int64_t, 8> order;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (d != from) order.push_back(d);
+  }
+  order.insert(order.begin() + to, from);
+  return at::permute(x, order);
+}
+
+at::Tensor pad_rank(const at::Tensor& x, int64_t rank) {
+  auto result = x;
+  for (auto r = x.dim() - 1; r < rank; ++r) result = at::unsqueeze(result, 1);
+  return result;
+}
+
+at::Tensor expand_batch(const at::Tensor& x, const c10::SymInt& batch_size) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.insert(sizes.begin(), batch_size);
+  return x.expand_symint(sizes);
+}
+
+}  // namespace functorch_lite

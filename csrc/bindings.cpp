@@ -1,0 +1,185 @@
+// The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "autodiff_level.h"
+#include "errors.h"
+#include "fallback.h"
+#include "rule.h"
+#include "vmap_level.h"
+#include "wrapper.h"
+
+namespace py = pybind11;
+
+namespace functorch_lite {
+namespace {
+
+// Python functions and classes that C++ calls; never destroyed, for tensors may outlive the interpreter's objects.
+struct PythonSide {
+  py::object install_decomposition;
+  py::object warn_loop;
+  py::object user_location;
+  py::object escaped_tensor_error;
+};
+PythonSide& python_side() {
+  static auto* side = new PythonSide();
+  return *side;
+}
+
+class EscapedTensorError final : public torch::PyTorchError {
+ public:
+  using PyTorchError::PyTorchError;
+  PyObject* python_type() override { return python_side().escaped_tensor_error.ptr(); }
+};
+
+// Calls into Python from inside an operator, where an error must travel through C++ as PyTorch's own do.
+template <class Call>
+auto call_python(Call&& call) {
+  py::gil_scoped_acquire gil;
+  try {
+    return call();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error wrapped;
+    wrapped.persist();
+    throw wrapped;
+  }
+}
+
+void set_python_side(py::object install_decomposition, py::object warn_loop, py::object user_location,
+                     py::object escaped_tensor_error) {
+  python_side() = {std::move(install_decomposition), std::move(warn_loop), std::move(user_location),
+                   std::move(escaped_tensor_error)};
+  auto& hooks = python_hooks();
+  hooks.install_decomposition = [](const c10::OperatorName& name) {
+    return call_python(
+        [&] { return python_side().install_decomposition(name.name, name.overload_name).cast<bool>(); });
+  };
+  hooks.warn_loop = [](const c10::OperatorName& name) {
+    call_python([&] { python_side().warn_loop(c10::toString(name)); });
+  };
+  hooks.user_location = [] { return call_python([] { return python_side().user_location().cast<std::string>(); }); };
+}
+
+// Whether code outside the level could differentiate through this tensor.
+bool seen_by_outer_derivative(const at::Tensor& tensor, const AutogradModes& modes) {
+  if (!tensor.defined()) return false;
+  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
+  const auto* wrapper = as_wrapper(tensor);
+  return wrapper != nullptr && !wrapper->is_symbolic_zero && seen_by_outer_derivative(wrapper->value(), modes);
+}
+
+// Levels belong to a thread, so a backward pass stays in the one that asked for it.
+class OneThread {
+ public:
+  OneThread() : before_(state().get_multithreading_enabled()) { state().set_multithreading_enabled(false); }
+  ~OneThread() { state().set_multithreading_enabled(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  static c10::AutogradState& state() { return c10::AutogradState::get_tls_state(); }
+  bool before_;
+};
+
+// The cotangents of `inputs`, undefined where an output does not depend on one. Formulas run on values. Grad mode is
+// on while they do if anybody outside can differentiate the result: some choose a shortcut without derivative
+// otherwise.
+std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level, const std::vector<at::Tensor>& outputs,
+                                 const std::vector<at::Tensor>& cotangents, const std::vector<at::Tensor>& inputs,
+                                 bool keep_graph) {
+  torch::autograd::variable_list roots;
+  torch::autograd::variable_list root_cotangents;
+  const auto modes = AutogradModes::current();
+  bool seen_outside = false;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i].requires_grad() || wrapper_at(outputs[i], level.get()) == nullptr) continue;
+    roots.push_back(outputs[i]);
+    root_cotangents.push_back(cotangents[i]);
+    seen_outside |= seen_by_outer_derivative(as_wrapper(outputs[i])->value(), modes);
+    seen_outside |= seen_by_outer_derivative(cotangents[i], modes);
+  }
+  if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
+  const OneThread one_thread;
+  Suspended suspended(level);
+  py::gil_scoped_release no_gil;
+  return torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                               /*allow_unused=*/true);
+}
+
+at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) {
+  return wrap(value, level, dim);
+}
+
+// (value, batch dimension) of a result; the dimension is None if the result is the same for all examples.
+std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& level, const at::Tensor& result) {
+  const auto* wrapper = wrapper_at(result, &level);
+  if (wrapper == nullptr) return {result, std::nullopt};
+  return {wrapper->value(), wrapper->bdim()};
+}
+
+py::object describe(const at::Tensor& tensor) {
+  const auto* wrapper = as_wrapper(tensor);
+  if (wrapper == nullptr) return py::none();
+  const auto* level = wrapper->level();
+  std::optional<int64_t> bdim;
+  if (wrapper->bdim() != kNoBatchDim) bdim = wrapper->bdim();
+  return py::make_tuple(level->kind(), level->depth(), is_active(level), bdim, wrapper->value());
+}
+
+std::vector<std::pair<std::string, std::string>> batching_rules() {
+  std::vector<std::pair<std::string, std::string>> result;
+  for (const auto& row : RuleTable::rows()) result.emplace_back(row.op, row.family);
+  return result;
+}
+
+}  // namespace
+
+void raise_escaped(const Wrapper& wrapper) {
+  std::ostringstream message;
+  message << "A tensor of shape " << wrapper.sym_sizes() << " that was made inside vmap is used after that vmap has "
+          << "returned, or in another thread. Inside vmap a tensor stands for one example of a batch; once vmap is done "
+          << "there is no such thing any more. Return the tensor from the function that vmap maps, and use what vmap "
+          << "returns: it has the batch dimension.";
+  throw EscapedTensorError(message.str());
+}
+
+}  // namespace functorch_lite
+
+PYBIND11_MODULE(_C, m) {
+  using namespace functorch_lite;
+  register_below_autograd();
+  register_batching_rules();
+
+  py::class_<Level, c10::intrusive_ptr<Level>>(m, "Level")
+      .def("open", &Level::open)
+      .def("close", &Level::close)
+      .def_property_readonly("depth", &Level::depth)
+      .def_property_readonly("kind", &Level::kind);
+  py::enum_<VmapLevel::Randomness>(m, "Randomness")
+      .value("error", VmapLevel::Randomness::kError)
+      .value("same", VmapLevel::Randomness::kSame)
+      .value("different", VmapLevel::Randomness::kDifferent);
+  py::class_<VmapLevel, Level, c10::intrusive_ptr<VmapLevel>>(m, "VmapLevel")
+      .def(py::init<c10::SymInt, VmapLevel::Randomness>())
+      .def("lift", &lift_batched)
+      .def("unwrap", &unwrap_batched);
+  py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")
+      .def(py::init([](bool forward) {
+        return c10::make_intrusive<AutodiffLevel>(forward ? AutodiffLevel::Mode::kForward
+                                                          : AutodiffLevel::Mode::kReverse);
+      }))
+      .def("lift_variable", &AutodiffLevel::lift_variable)
+      .def("lift_dual", &AutodiffLevel::lift_dual)
+      .def("tangent_of", &AutodiffLevel::tangent_of)
+      .def("value_of", &AutodiffLevel::value_of)
+      .def("backward", &backward);
+
+  m.def("level_depth", &level_depth);
+  m.def("describe", &describe);
+  m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
+  m.def("batching_rules", &batching_rules);
+  m.def("unknown_operators", &RuleTable::unknown_operators);
+  m.def("set_python_side", &set_python_side);
+}

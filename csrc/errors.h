@@ -1,0 +1,13 @@
+// Errors that need a Python class or the user's source line.
+#pragma once
+
+#include <string>
+
+namespace functorch_lite {
+
+class Wrapper;
+
+// functorch_lite.EscapedTensorError: a batched tensor was used after its vmap returned.
+[[noreturn]] void raise_escaped(const Wrapper& wrapper);
+
+}  // namespace functorch_lite

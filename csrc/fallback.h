@@ -1,0 +1,22 @@
+// What vmap does with an operator that has no batching rule.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace functorch_lite {
+
+// Raises: vmap cannot run `op` on batched values.
+[[noreturn]] void refuse_operator(const c10::OperatorHandle& op, const std::string& advice);
+
+// What the Python side provides. Both are set once, at import.
+struct PythonHooks {
+  // Registers a decomposition of the operator as its batching rule, if PyTorch has one.
+  bool (*install_decomposition)(const c10::OperatorName& name) = nullptr;
+  // Warns, once for each place in the user's program, that the operator runs as a loop.
+  void (*warn_loop)(const c10::OperatorName& name) = nullptr;
+  // "file.py:12", the innermost line of the user's program, or an empty string.
+  std::string (*user_location)() = nullptr;
+};
+PythonHooks& python_hooks();
+
+}  // namespace functorch_lite

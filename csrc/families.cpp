@@ -1,0 +1,336 @@
+// The families of batching rules. See families.h first.
+#include "families.h"
+
+#include <ATen/native/TypeProperties.h>
+#include <ATen/ops/reshape.h>
+#include <ATen/ops/squeeze.h>
+#include <ATen/ops/unsqueeze.h>
+#include <ATen/ops/view.h>
+
+#include <algorithm>
+
+#include "fallback.h"
+
+namespace functorch_lite {
+namespace {
+
+// Type promotion ranks scalars below tensors with dimensions. A batched scalar has a dimension when the operator
+// runs, so where that would change the common dtype, the arguments are converted to the one user code expects.
+void promote_as_seen(BatchCall& call) {
+  at::native::ResultTypeState seen;
+  at::native::ResultTypeState physical;
+  bool mixed = false;
+  std::optional<c10::ScalarType> first;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_tensor(i)) continue;
+    const auto& x = call.tensor(i);
+    if (first.has_value()) mixed |= x.scalar_type() != *first;
+    first = x.scalar_type();
+  }
+  if (C10_LIKELY(!mixed)) return;
+  std::vector<size_t> operands;
+  for (size_t i = 0; i < call.size(); ++i) {
+    const auto& name = call.schema().arguments()[i].name();
+    if (!call.is_tensor(i) || name == "condition" || name == "mask") continue;
+    operands.push_back(i);
+    const auto& x = call.tensor(i);
+    physical = at::native::update_result_type_state(x, physical);
+    const bool batched_scalar = call.is_batched(i) && call.rank(i) == 0;
+    if (!batched_scalar) {
+      seen = at::native::update_result_type_state(x, seen);
+    } else if (seen.zeroResult == c10::ScalarType::Undefined) {
+      seen.zeroResult = x.scalar_type();
+    } else {
+      seen.zeroResult = c10::promoteTypes(seen.zeroResult, x.scalar_type());
+    }
+  }
+  const auto dtype = at::native::result_type(seen);
+  if (dtype == at::native::result_type(physical)) return;
+  for (auto i : operands) {
+    if (call.is_batched(i)) call.arg(i) = call.tensor(i).to(dtype);
+  }
+}
+
+void run_pointwise(BatchCall& call) {
+  int64_t rank = 0;
+  int64_t bdim = kNoBatchDim;
+  bool aligned = true;  // all batched arguments have one rank and one batch dimension, the others are scalars
+  bool has_scalar = false;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_tensor(i)) continue;
+    const auto r = call.rank(i);
+    has_scalar |= call.is_batched(i) && r == 0;
+    if (call.is_batched(i)) {
+      aligned &= bdim == kNoBatchDim || (bdim == call.bdim(i) && r == rank);
+      bdim = call.bdim(i);
+    } else {
+      aligned &= r == 0;
+    }
+    rank = std::max(rank, r);
+  }
+  if (C10_UNLIKELY(has_scalar)) promote_as_seen(call);
+  if (aligned) {
+    for (size_t i = 0; i < call.size() && aligned; ++i) aligned = !call.is_batched(i) || call.rank(i) == rank;
+  }
+  if (!aligned) {
+    for (size_t i = 0; i < call.size(); ++i) {
+      if (call.is_batched(i)) call.to_front(i, rank);
+    }
+    bdim = 0;
+  }
+  call.call();
+  call.finish(bdim);
+}
+
+void run_front(BatchCall& call) {
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (call.is_batched(i)) call.to_front(i);
+  }
+  call.call();
+  call.finish();
+}
+
+void run_expanded(BatchCall& call) {
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (call.is_tensor(i)) call.expand_to_front(i);
+  }
+  call.call();
+  call.finish();
+}
+
+void shift_dims(c10::IValue& dims, int64_t rank) {
+  if (dims.isInt()) {
+    dims = shift_dim(dims.toInt(), rank);
+  } else if (dims.isIntList()) {
+    auto shifted = dims.toIntVector();
+    for (auto& d : shifted) d = shift_dim(d, rank);
+    dims = shifted;
+  }
+}
+
+// A scalar, seen as x[B,1] for the length of a call along its only dimension.
+bool lend_dimension(BatchCall& call) {
+  call.to_front(0);
+  if (call.rank(0) > 0) return false;
+  call.arg(0) = at::unsqueeze(call.tensor(0), 1);
+  return true;
+}
+void take_dimension_back(BatchCall& call) {
+  for (size_t i = 0; i < call.count_results(); ++i) {
+    auto& result = call.result(i);
+    if (result.isTensor() && result.toTensor().dim() == 2) result = at::squeeze(result.toTensor(), 1);
+  }
+}
+
+struct Along {
+  std::vector<size_t> dims;
+  bool expands = false;  // every tensor argument has the rank of the first
+  void operator()(BatchCall& call) const {
+    bool lent = false;
+    for (size_t i = 0; i < call.size() && expands; ++i) {
+      if (!call.is_tensor(i)) continue;
+      lent |= call.rank(i) == 0;
+      call.expand_to_front(i, 1);
+    }
+    lent |= lend_dimension(call);
+    for (auto position : dims) shift_dims(call.arg(position), call.rank(0));
+    call.call();
+    if (lent) take_dimension_back(call);
+    call.finish();
+  }
+};
+
+struct Reduce {
+  size_t dim;
+  std::optional<size_t> keepdim;
+  bool one_dim;  // the argument is a single optional int
+
+  void operator()(BatchCall& call) const {
+    const bool lent = lend_dimension(call);
+    const auto rank = call.rank(0);
+    auto& dims = call.arg(dim);
+    const bool all = dims.isNone() || (dims.isIntList() && dims.toIntVector().empty());
+    if (!all) {
+      shift_dims(dims, rank);
+    } else if (one_dim) {
+      call.arg(0) = call.tensor(0).reshape_symint({call.batch_size(), c10::SymInt(-1)});
+      dims = 1;
+    } else {
+      std::vector<int64_t> everything(rank);
+      for (int64_t d = 0; d < rank; ++d) everything[d] = d + 1;
+      dims = everything;
+    }
+    const bool keeps = keepdim.has_value() && call.arg(*keepdim).toBool();
+    call.call();
+    if (lent) take_dimension_back(call);
+    if (all && one_dim && keeps && !lent) call.result() = pad_rank(call.result().toTensor(), rank);
+    call.finish();
+  }
+};
+
+struct ReduceAll {
+  c10::OperatorHandle sibling;
+  void operator()(BatchCall& call) const {
+    call.to_front(0);
+    const bool wants_list = sibling.schema().arguments()[position_of(sibling.schema(), "dim")].type()->str() != "int";
+    c10::IValue dim = wants_list ? c10::IValue(std::vector<int64_t>{1}) : c10::IValue(1);
+    auto flat = call.tensor(0).reshape_symint({call.batch_size(), c10::SymInt(flat_size(call))});
+    call.call(sibling, arguments_for(sibling, call, {{"self", flat}, {"dim", dim}}));
+    while (call.count_results() > call.schema().returns().size()) call.drop_last_result();
+    call.finish();
+  }
+  static c10::SymInt flat_size(BatchCall& call) {
+    c10::SymInt n = 1;
+    const auto sizes = call.tensor(0).sym_sizes();
+    for (size_t d = 1; d < sizes.size(); ++d) n = n * sizes[d];
+    return n;
+  }
+};
+
+struct Shaped {
+  size_t size;
+  std::vector<size_t> dims;
+  bool pads;  // the size may have more dimensions than the tensor
+  void operator()(BatchCall& call) const {
+    auto sizes = call.arg(size).toSymIntVector();
+    const auto rank = static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; i < call.size(); ++i) {
+      if (call.is_batched(i)) call.to_front(i, pads ? rank : 0);
+    }
+    sizes.insert(sizes.begin(), call.batch_size());
+    call.arg(size) = sizes;
+    for (auto position : dims) shift_dims(call.arg(position), rank);
+    call.call();
+    call.finish();
+  }
+};
+
+struct Fold {
+  std::vector<size_t> tensors;
+  int64_t dim;
+  void operator()(BatchCall& call) const {
+    for (auto i : tensors) {
+      if (!call.is_tensor(i)) continue;
+      call.expand_to_front(i);
+      call.arg(i) = merge_dims(move_dim(call.tensor(i), 0, dim), dim);
+    }
+    call.call();
+    for (size_t i = 0; i < call.count_results(); ++i) {
+      auto& result = call.result(i);
+      if (result.isTensor() && result.toTensor().defined()) {
+        result = split_dim(result.toTensor(), dim, call.batch_size());
+      }
+    }
+    call.finish(dim);
+  }
+};
+
+std::vector<size_t> positions_of(const c10::FunctionSchema& schema, const std::vector<std::string>& names) {
+  std::vector<size_t> positions;
+  for (const auto& name : names) positions.push_back(position_of(schema, name));
+  return positions;
+}
+
+}  // namespace
+
+Family pointwise() {
+  return {"pointwise", [](const c10::FunctionSchema&) -> Rule { return run_pointwise; }};
+}
+
+Family front() {
+  return {"front", [](const c10::FunctionSchema&) -> Rule { return run_front; }};
+}
+
+Family expanded() {
+  return {"expanded", [](const c10::FunctionSchema&) -> Rule { return run_expanded; }};
+}
+
+Family along(std::vector<std::string> dims) {
+  return {"along", [dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
+            return Along{positions_of(schema, dims)};
+          }};
+}
+
+Family expanded_along(std::vector<std::string> dims) {
+  return {"along", [dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
+            return Along{positions_of(schema, dims), /*expands=*/true};
+          }};
+}
+
+Family reduce(std::string dim) {
+  return {"reduce", [dim = std::move(dim)](const c10::FunctionSchema& schema) -> Rule {
+            std::optional<size_t> keepdim;
+            if (const auto index = schema.argumentIndexWithName("keepdim")) keepdim = *index;
+            const auto position = position_of(schema, dim);
+            const auto type = schema.arguments()[position].type()->str();
+            return Reduce{position, keepdim, type == "int" || type == "int?"};
+          }};
+}
+
+Family reduce_all(const char* sibling) {
+  return {"reduce_all", [sibling](const c10::FunctionSchema&) -> Rule { return ReduceAll{find_operator(sibling)}; }};
+}
+
+Family shaped(std::string size, std::vector<std::string> dims) {
+  return {"shaped", [size = std::move(size), dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
+            const auto name = schema.name();
+            const bool pads = name == "aten::expand" || name == "aten::repeat";
+            return Shaped{position_of(schema, size), positions_of(schema, dims), pads};
+          }};
+}
+
+Family fold(std::vector<std::string> tensors, int64_t dim) {
+  return {"fold", [tensors = std::move(tensors), dim](const c10::FunctionSchema& schema) -> Rule {
+            return Fold{positions_of(schema, tensors), dim};
+          }};
+}
+
+Family forbid(const char* advice) {
+  return {"forbid", [advice](const c10::FunctionSchema&) -> Rule {
+            return [advice](BatchCall& call) { refuse_operator(call.op(), advice); };
+          }};
+}
+
+int64_t shift_dim(int64_t dim, int64_t rank) {
+  return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1;
+}
+
+at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {
+  auto sizes = x.sym_sizes().vec();
+  sizes[dim] = sizes[dim] * sizes[dim + 1];
+  sizes.erase(sizes.begin() + dim + 1);
+  return at::reshape_symint(x, sizes);
+}
+
+at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer) {
+  auto sizes = x.sym_sizes().vec();
+  const auto inner = outer == 0 ? c10::SymInt(1) : sizes[dim] / outer;
+  sizes[dim] = outer;
+  sizes.insert(sizes.begin() + dim + 1, inner);
+  return at::reshape_symint(x, sizes);
+}
+
+c10::OperatorHandle find_operator(const std::string& name) {
+  const auto dot = name.find('.');
+  const auto overload = dot == std::string::npos ? std::string() : name.substr(dot + 1);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + name.substr(0, dot)).c_str(), overload.c_str());
+}
+
+Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,
+                    const std::vector<std::pair<std::string_view, c10::IValue>>& overrides) {
+  Stack arguments;
+  for (const auto& argument : other.schema().arguments()) {
+    const auto override = std::find_if(overrides.begin(), overrides.end(),
+                                       [&](const auto& entry) { return entry.first == argument.name(); });
+    if (override != overrides.end()) {
+      arguments.push_back(override->second);
+    } else if (const auto index = call.schema().argumentIndexWithName(argument.name())) {
+      arguments.push_back(call.arg(*index));
+    } else {
+      arguments.push_back(argument.default_value().value_or(c10::IValue()));
+    }
+  }
+  return arguments;
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,54 @@
+// The families of batching rules: most operators need no code of their own, only a row that names one of these.
+#pragma once
+
+#include "rule.h"
+
+namespace functorch_lite {
+
+// Broadcasting arithmetic: f(x[B,*], y[B,*]) -> z[B,*]. Follows type promotion as user code sees it.
+Family pointwise();
+
+// Works on trailing dimensions and lets leading ones through: x[B,*] -> y[B,*]. Other arguments may stay unbatched.
+Family front();
+
+// As `front`, but every tensor argument must have the batch: unbatched ones are expanded.
+Family expanded();
+
+// Acts along the named dimension arguments: x[B,*], dim -> y[B,*], dim + 1. A scalar counts as one element.
+Family along(std::vector<std::string> dims);
+
+// As `along` with several tensors of one rank, all of which get the batch: backward operators.
+Family expanded_along(std::vector<std::string> dims);
+
+// As `along` for reductions, where no dimensions means all of them. Honours `keepdim`.
+Family reduce(std::string dim);
+
+// A reduction of everything, as the sibling operator with a `dim` argument: x[B,*] -> x[B,n] -> y[B].
+Family reduce_all(const char* sibling);
+
+// The named size argument describes the result (or the input, in a backward operator): the batch size goes in front.
+// Dimension arguments count within that size.
+Family shaped(std::string size, std::vector<std::string> dims = {});
+
+// Leaves the batch at its place in every result: the batch dimension is merged into dimension `dim` of each of the
+// named tensors, and split from the same dimension of each result.
+Family fold(std::vector<std::string> tensors, int64_t dim);
+
+// Never batched: an error that gives the reason and what to write instead.
+Family forbid(const char* advice);
+
+// Helpers for single rules.
+
+// dim as user code counts it, in a tensor of logical rank `rank` -> in x[B,*].
+int64_t shift_dim(int64_t dim, int64_t rank);
+// x[..,a,b,..] -> x[..,a*b,..], merging dimension `dim` with the one behind it.
+at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
+// x[..,n*m,..] -> x[..,n,m,..].
+at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
+// The operator `name` ("sum.dim_IntList") of aten.
+c10::OperatorHandle find_operator(const std::string& name);
+// Arguments for `other`, by name from `overrides`, else from `call`, else the schema's defaults.
+Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,
+                    const std::vector<std::pair<std::string_view, c10::IValue>>& overrides);
+
+}  // namespace functorch_lite

@@ -1,0 +1,41 @@
+// The door: one operator call goes to the innermost level.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "keys.h"
+#include "level.h"
+#include "op_args.h"
+#include "wrapper.h"
+
+namespace functorch_lite {
+namespace {
+
+// Autocast stands above autograd, so its casts are recorded: it acts before the innermost level does, once.
+bool autocast_first(const c10::OperatorHandle& op, Stack& stack) {
+  const auto keys = c10::autocast_dispatch_keyset - c10::impl::tls_local_dispatch_key_set().excluded_;
+  if (C10_LIKELY(keys.empty())) return false;
+  const auto key = keys.highestPriorityTypeId();
+  if (!op.hasKernelForDispatchKey(key)) return false;
+  op.redispatchBoxed(c10::DispatchKeySet(key), &stack);
+  return true;
+}
+
+void front(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  auto* level = current_level();
+  if (level == nullptr) {
+    const auto n = count_arguments(op);
+    replace_tensors(stack->data() + stack->size() - n, n, strip_closed_levels);
+    c10::impl::ExcludeDispatchKeyGuard past_the_door(kFront);
+    op.callBoxed(stack);
+    return;
+  }
+  if (!autocast_first(op, *stack)) level->run(op, *stack);
+}
+
+TORCH_LIBRARY_IMPL(_, DeferredInit, m) {
+  static_assert(kFront == c10::DispatchKey::DeferredInit);
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&front>());
+}
+
+}  // namespace
+}  // namespace functorch_lite

@@ -1,0 +1,134 @@
+// The stack of levels of each thread. See level.h first.
+#include "level.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/AutogradState.h>
+#include <c10/util/Exception.h>
+
+#include "keys.h"
+
+namespace functorch_lite {
+namespace {
+
+thread_local Level* innermost = nullptr;
+thread_local Suspended* suspended = nullptr;
+
+void set_innermost(Level* level, c10::impl::LocalDispatchKeySet keys) {
+  innermost = level;
+  keys.included_ = level != nullptr ? keys.included_.add(kFront) : keys.included_.remove(kFront);
+  c10::impl::_force_tls_local_dispatch_key_set(keys);
+}
+
+size_t saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_tls_state().stack.size(); }
+
+}  // namespace
+
+AutogradModes AutogradModes::current() {
+  const auto& state = c10::AutogradState::get_tls_state();
+  return {state.get_grad_mode(), state.get_fw_grad_mode(), state.get_inference_mode()};
+}
+
+void AutogradModes::make_current() const {
+  auto& state = c10::AutogradState::get_tls_state();
+  state.set_grad_mode(grad);
+  state.set_fw_grad_mode(forward_grad);
+  state.set_inference_mode(inference);
+}
+
+Level* current_level() {
+  if (C10_UNLIKELY(suspended != nullptr)) suspended->attach_while_recomputing();
+  return innermost;
+}
+
+int64_t level_depth() {
+  auto* level = current_level();
+  return level != nullptr ? level->depth() : 0;
+}
+
+bool is_active(const Level* level) {
+  for (auto* l = innermost; l != nullptr; l = l->parent()) {
+    if (l == level) return true;
+  }
+  return false;
+}
+
+void Level::attach() {
+  TORCH_INTERNAL_ASSERT(depth_ == 0, "this level is open already");
+  auto* parent = current_level();
+  depth_ = parent != nullptr ? parent->depth() + 1 : 1;
+  if (parent != nullptr) parent_ = LevelPtr::unsafe_reclaim_from_nonowning(parent);
+  set_innermost(this, c10::impl::tls_local_dispatch_key_set());
+}
+
+void Level::detach() {
+  auto parent = std::move(parent_);
+  depth_ = 0;
+  set_innermost(parent.get(), c10::impl::tls_local_dispatch_key_set());
+}
+
+void Level::open() {
+  outer_keys_ = c10::impl::tls_local_dispatch_key_set();
+  outer_modes_ = AutogradModes::current();
+  attach();
+  if (!sets_modes_) return;
+  auto keys = c10::impl::tls_local_dispatch_key_set();
+  keys.excluded_ = keys.excluded_ - kRecordingKeys;
+  keys.included_ = keys.included_.add(c10::DispatchKey::ADInplaceOrView);
+  c10::impl::_force_tls_local_dispatch_key_set(keys);
+  AutogradModes{true, true, false}.make_current();
+}
+
+void Level::close() {
+  if (!is_active(this)) return;
+  while (innermost != this) innermost->close();
+  if (sets_modes_) {
+    c10::impl::_force_tls_local_dispatch_key_set(outer_keys_);
+    outer_modes_.make_current();
+  }
+  detach();
+}
+
+RunBelow::RunBelow(const Level& level)
+    : level_(level),
+      saved_level_(innermost),
+      saved_keys_(c10::impl::tls_local_dispatch_key_set()),
+      saved_modes_(AutogradModes::current()) {
+  auto keys = saved_keys_;
+  if (level.sets_modes_) {
+    const auto& outer = level.outer_keys_;
+    keys.excluded_ = (keys.excluded_ - kRecordingKeys) | (outer.excluded_ & kRecordingKeys);
+    keys.included_ = (keys.included_ - kRecordingKeys) | (outer.included_ & kRecordingKeys);
+    level.outer_modes_.make_current();
+  }
+  set_innermost(level.parent(), keys);
+}
+
+RunBelow::~RunBelow() {
+  innermost = saved_level_;
+  c10::impl::_force_tls_local_dispatch_key_set(saved_keys_);
+  if (level_.sets_modes_) saved_modes_.make_current();
+}
+
+Suspended::Suspended(LevelPtr level)
+    : level_(std::move(level)), outer_(suspended), hooks_at_start_(saved_tensor_hooks()) {
+  suspended = this;
+}
+
+Suspended::~Suspended() {
+  if (attached_) level_->close();
+  suspended = outer_;
+}
+
+void Suspended::attach_while_recomputing() {
+  const bool recomputing = saved_tensor_hooks() > hooks_at_start_;
+  if (recomputing == attached_) return;
+  if (recomputing) {
+    attached_ = true;  // first: attach() asks for the current level again
+    level_->attach();
+  } else if (innermost == level_.get()) {
+    attached_ = false;
+    level_->detach();
+  }
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,96 @@
+// A level is one active application of a transform. The levels of a thread form a stack; the innermost one gets
+// every operator call, does its part, and calls the same operator again one level down.
+#pragma once
+
+#include <ATen/core/stack.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/intrusive_ptr.h>
+
+namespace c10 {
+class OperatorHandle;
+}
+
+namespace functorch_lite {
+
+// The part of PyTorch's thread-local autograd state that a level sets and restores.
+struct AutogradModes {
+  bool grad;
+  bool forward_grad;
+  bool inference;
+  static AutogradModes current();
+  void make_current() const;
+};
+
+class Level : public c10::intrusive_ptr_target {
+ public:
+  // `sets_modes`: code inside has autograd modes of its own, and code one level down those from outside.
+  explicit Level(bool sets_modes) : sets_modes_(sets_modes) {}
+
+  // Runs one operator call with this level innermost. Arguments are the top of `stack`; results replace them.
+  virtual void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) = 0;
+  // The transform, as messages and `repr` name it.
+  virtual const char* kind() const = 0;
+
+  // Pushes this level on the calling thread's stack; `close` pops it, and any level left open above it.
+  void open();
+  void close();
+
+  // 1 for the outermost open level, 0 once closed.
+  int64_t depth() const { return depth_; }
+  Level* parent() const { return parent_.get(); }
+
+ private:
+  friend class RunBelow;
+  friend class Suspended;
+  void attach();
+  void detach();
+
+  bool sets_modes_;
+  int64_t depth_ = 0;
+  c10::intrusive_ptr<Level> parent_;
+  c10::impl::LocalDispatchKeySet outer_keys_ = c10::impl::tls_local_dispatch_key_set();
+  AutogradModes outer_modes_{};
+};
+
+using LevelPtr = c10::intrusive_ptr<Level>;
+
+// The innermost level of this thread, or null.
+Level* current_level();
+int64_t level_depth();
+// Whether `level` is on this thread's stack, counted from the innermost level that is running now.
+bool is_active(const Level* level);
+
+// Runs the enclosed code one level below `level`.
+class RunBelow {
+ public:
+  explicit RunBelow(const Level& level);
+  ~RunBelow();
+  RunBelow(const RunBelow&) = delete;
+  RunBelow& operator=(const RunBelow&) = delete;
+
+ private:
+  const Level& level_;
+  Level* saved_level_;
+  c10::impl::LocalDispatchKeySet saved_keys_;
+  AutogradModes saved_modes_;
+};
+
+// Marks the enclosed backward pass as `level`'s. The level is closed, so derivative formulas see values. But code
+// that computes the forward pass again inside a saved-tensor hook (activation checkpointing) has to record, so
+// while such hooks are installed the level is back on the stack.
+class Suspended {
+ public:
+  explicit Suspended(LevelPtr level);
+  ~Suspended();
+  Suspended(const Suspended&) = delete;
+  Suspended& operator=(const Suspended&) = delete;
+  void attach_while_recomputing();
+
+ private:
+  LevelPtr level_;
+  Suspended* outer_;
+  size_t hooks_at_start_;
+  bool attached_ = false;
+};
+
+}  // namespace functorch_lite

@@ -1,0 +1,140 @@
+// The table of batching rules. See rule.h first.
+#include "rule.h"
+
+#include <ATen/core/enum_tag.h>
+
+#include <unordered_set>
+
+#include "families.h"
+#include "keys.h"
+#include "rules/rules.h"
+
+namespace functorch_lite {
+namespace {
+
+struct Table {
+  std::vector<RuleTable::Row> rows;
+  std::vector<std::string> unknown;
+  std::unordered_set<c10::OperatorName> names;
+  std::vector<c10::RegistrationHandleRAII> registrations;
+};
+
+Table& table() {
+  static auto* instance = new Table();  // never destroyed: the dispatcher refers to it
+  return *instance;
+}
+
+class RuleKernel final : public c10::OperatorKernel {
+ public:
+  explicit RuleKernel(Rule rule) : rule_(std::move(rule)) {}
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+    BatchCall call(op, *stack);
+    rule_(call);
+  }
+
+ private:
+  Rule rule_;
+};
+
+class CompositionKernel final : public c10::OperatorKernel {
+ public:
+  explicit CompositionKernel(Composition composition) : composition_(composition) {}
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) { composition_(op, *stack); }
+
+ private:
+  Composition composition_;
+};
+
+template <class Kernel>
+void enter(const c10::OperatorHandle& op, const char* family, std::unique_ptr<Kernel> kernel) {
+  const auto& name = op.operator_name();
+  TORCH_INTERNAL_ASSERT(table().names.insert(name).second, "two batching rules for ", name);
+  table().rows.push_back({c10::toString(name), family});
+  auto boxed = c10::BoxedKernel::makeFromFunctor(std::move(kernel));
+  table().registrations.push_back(c10::Dispatcher::singleton().registerImpl(
+      name, kBatchingRules, c10::KernelFunction::makeFromBoxedKernel(std::move(boxed)), std::nullopt, nullptr, family));
+}
+
+template <class MakeKernel>
+void add_rows(const char* family, const std::vector<const char*>& operators, MakeKernel&& make_kernel) {
+  for (const std::string full : operators) {
+    const auto dot = full.find('.');
+    const c10::OperatorName name{"aten::" + full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)};
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (op.has_value()) {
+      enter(*op, family, make_kernel(*op));
+    } else {
+      table().unknown.push_back(c10::toString(name));
+    }
+  }
+}
+
+}  // namespace
+
+void RuleTable::add(const Family& family, const std::vector<const char*>& operators) {
+  add_rows(family.name, operators, [&](const c10::OperatorHandle& op) {
+    return std::make_unique<RuleKernel>(family.rule_for(op.schema()));
+  });
+}
+
+void RuleTable::add(void (*rule)(BatchCall&), const std::vector<const char*>& operators) {
+  add_rows("rule", operators, [&](const c10::OperatorHandle&) { return std::make_unique<RuleKernel>(rule); });
+}
+
+void RuleTable::add(Composition composition, const std::vector<const char*>& operators) {
+  add_rows("composition", operators,
+           [&](const c10::OperatorHandle&) { return std::make_unique<CompositionKernel>(composition); });
+}
+
+void RuleTable::add_default(const Family& family, const c10::OperatorHandle& op) {
+  if (has(op.operator_name())) return;
+  enter(op, family.name, std::make_unique<RuleKernel>(family.rule_for(op.schema())));
+}
+
+const std::vector<RuleTable::Row>& RuleTable::rows() { return table().rows; }
+const std::vector<std::string>& RuleTable::unknown_operators() { return table().unknown; }
+bool RuleTable::has(const c10::OperatorName& name) { return table().names.count(name) > 0; }
+
+namespace {
+
+// Operators that PyTorch tags as pointwise need no row, and neither do in-place forms whose twin is tagged.
+void add_default_rows(RuleTable& rules) {
+  const auto family = pointwise();
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findSchema(name);
+    if (!op.has_value() || name.name.rfind("aten::", 0) != 0) continue;
+    if (op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
+    if (op->hasTag(at::Tag::nondeterministic_seeded)) continue;
+    auto twin = op;
+    if (name.name.back() == '_') {
+      twin = dispatcher.findSchema({name.name.substr(0, name.name.size() - 1), name.overload_name});
+    }
+    const bool is_pointwise =
+        op->hasTag(at::Tag::pointwise) || (twin.has_value() && twin->hasTag(at::Tag::pointwise));
+    const bool takes_tensor = !op->schema().arguments().empty() && op->schema().arguments()[0].type()->str() != "Tensor[]";
+    if (is_pointwise && takes_tensor) rules.add_default(family, *op);
+  }
+}
+
+}  // namespace
+
+void register_batching_rules() {
+  RuleTable rules;
+  add_pointwise_rules(rules);
+  add_reduction_rules(rules);
+  add_view_rules(rules);
+  add_factory_rules(rules);
+  add_matmul_rules(rules);
+  add_indexing_rules(rules);
+  add_random_rules(rules);
+  add_default_rows(rules);
+}
+
+size_t position_of(const c10::FunctionSchema& schema, std::string_view name) {
+  const auto index = schema.argumentIndexWithName(name);
+  TORCH_INTERNAL_ASSERT(index.has_value(), schema.operator_name(), " has no argument '", name, "'");
+  return *index;
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,29 @@
+// Tensors made in the image of a batched one.
+#include "rules.h"
+
+namespace functorch_lite {
+namespace {
+
+// The strides are those of one example: the batch is laid out around it.
+void new_empty_strided_rule(BatchCall& call) {
+  call.to_front(0);
+  auto sizes = call.arg("size").toSymIntVector();
+  auto strides = call.arg("stride").toSymIntVector();
+  c10::SymInt extent = 1;
+  for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1);
+  sizes.insert(sizes.begin(), call.batch_size());
+  strides.insert(strides.begin(), extent.max(1));
+  call.arg("size") = sizes;
+  call.arg("stride") = strides;
+  call.call();
+  call.finish();
+}
+
+}  // namespace
+
+void add_factory_rules(RuleTable& rules) {
+  rules.add(front(), {"zeros_like", "ones_like", "full_like", "empty_like", "zeros_like_copy"});
+  rules.add(&new_empty_strided_rule, {"new_empty_strided"});
+}
+
+}  // namespace functorch_lite

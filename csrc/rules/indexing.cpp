@@ -1,0 +1,303 @@
+// Indexing by tensors: index, index_put, gather, scatter, index_select and their relatives.
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/List.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/gather.h>
+#include <ATen/ops/index.h>
+#include <ATen/ops/index_put.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/permute.h>
+#include <ATen/ops/scatter.h>
+#include <ATen/ops/scatter_add.h>
+#include <ATen/ops/where.h>
+
+#include "../fallback.h"
+#include "rules.h"
+
+namespace functorch_lite {
+namespace {
+
+using Indices = c10::List<std::optional<at::Tensor>>;
+
+// x[d0, i1, i2, d3..] in normal form: the indexed dimensions first, right behind the batch.
+struct IndexCall {
+  BatchCall& call;
+  std::vector<at::Tensor> indices;  // the given ones: i[B?,I]
+  std::vector<bool> batched;
+  std::vector<int64_t> indexed;     // their logical dimensions in x
+  std::vector<int64_t> kept;        // the other logical dimensions of x
+  std::vector<c10::SymInt> shape;   // I, what the indices broadcast to
+  bool any_batched = false;
+
+  explicit IndexCall(BatchCall& c) : call(c) {
+    const auto given = call.arg(1).toOptionalTensorVector();
+    int64_t dim = 0;
+    for (size_t k = 0; k < given.size(); ++k) {
+      if (!given[k].has_value() || !given[k]->defined()) {
+        kept.push_back(dim++);
+      } else if (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte) {
+        for (const auto& positions : given[k]->nonzero().unbind(1)) add(positions, false, dim++);
+      } else {
+        add(*given[k], call.is_element_batched(1, k), dim++);
+      }
+    }
+    while (dim < call.rank(0)) kept.push_back(dim++);
+    for (size_t k = 0; k < indices.size(); ++k) {
+      const auto sizes = indices[k].sym_sizes();
+      shape = at::infer_size_symint(shape, batched[k] ? sizes.slice(1) : sizes);
+    }
+  }
+
+  void add(const at::Tensor& index, bool is_batched, int64_t dim) {
+    indices.push_back(index);
+    batched.push_back(is_batched);
+    indexed.push_back(dim);
+    any_batched |= is_batched;
+  }
+
+  // Where I stands in the result as user code sees it: in the place of adjacent indices, otherwise in front.
+  int64_t position() const {
+    for (size_t k = 1; k < indexed.size(); ++k) {
+      if (indexed[k] != indexed[k - 1] + 1) return 0;
+    }
+    return indexed[0];
+  }
+
+  // x[B?,*] -> x[B?,indexed,kept], a view.
+  at::Tensor normal_form(const at::Tensor& x, bool has_batch) const {
+    std::vector<int64_t> order;
+    if (has_batch) order.push_back(0);
+    for (auto d : indexed) order.push_back(d + has_batch);
+    for (auto d : kept) order.push_back(d + has_batch);
+    return at::permute(x, order);
+  }
+
+  // The indices for x[B?,indexed,kept].
+  Indices normal_indices(bool x_has_batch) const {
+    Indices result;
+    const auto rank = static_cast<int64_t>(shape.size());
+    if (x_has_batch && any_batched) {
+      auto examples = at::arange(call.batch_size(), indices[0].options().dtype(c10::kLong));
+      for (int64_t r = 0; r < rank; ++r) examples = examples.unsqueeze(-1);
+      result.push_back(examples);
+    } else if (x_has_batch) {
+      result.push_back(std::nullopt);
+    }
+    for (size_t k = 0; k < indices.size(); ++k) result.push_back(batched[k] ? pad_rank(indices[k], rank) : indices[k]);
+    return result;
+  }
+
+  // [B,I,kept] <-> the order of dimensions that user code sees, with the batch in front.
+  std::vector<int64_t> seen_order() const {
+    const auto rank = static_cast<int64_t>(shape.size());
+    std::vector<int64_t> order{0};
+    for (int64_t d = 0; d < position(); ++d) order.push_back(1 + rank + d);
+    for (int64_t d = 0; d < rank; ++d) order.push_back(1 + d);
+    for (auto d = position(); d < static_cast<int64_t>(kept.size()); ++d) order.push_back(1 + rank + d);
+    return order;
+  }
+};
+
+bool any_mask_batched(BatchCall& call) {
+  const auto given = call.arg(1).toOptionalTensorVector();
+  for (size_t k = 0; k < given.size(); ++k) {
+    if (call.is_element_batched(1, k) && (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte))
+      return true;
+  }
+  return false;
+}
+
+void index_rule(BatchCall& call) {
+  if (any_mask_batched(call)) {
+    refuse_operator(call.op(),
+                    "A boolean mask selects another number of elements in each example. Use torch.where(mask, x, "
+                    "other), which keeps the shape.");
+  }
+  const bool has_batch = call.is_batched(0);
+  const auto x = call.to_front(0);
+  const IndexCall index(call);
+  const auto picked = at::index(index.normal_form(x, has_batch), index.normal_indices(has_batch));
+  call.set_results(at::permute(picked, index.seen_order()));
+  call.finish();
+}
+
+// x[mask] = value, one value for all: the shape stays, so it is where(mask, value, x).
+at::Tensor put_by_mask(BatchCall& call, const at::Tensor& x) {
+  const auto given = call.arg(1).toOptionalTensorVector();
+  const auto rank = call.rank(0);
+  if (given.size() != 1 || call.rank(2) != 0 || call.arg("accumulate").toBool()) {
+    refuse_operator(call.op(),
+                    "A boolean mask that differs between examples can only be assigned a single number. Use "
+                    "torch.where(mask, values, x).");
+  }
+  auto mask = *given[0];
+  while (mask.dim() < rank + 1) mask = mask.unsqueeze(-1);
+  const auto value = call.is_batched(2) ? pad_rank(call.to_front(2), rank) : call.tensor(2);
+  return at::where(mask.to(c10::kBool), value.to(x.scalar_type()), x);
+}
+
+void index_put_rule(BatchCall& call) {
+  const bool in_place = call.schema().is_mutable();
+  const auto x = in_place ? call.to_front(0) : call.expand_to_front(0);
+  if (any_mask_batched(call)) {
+    const auto result = put_by_mask(call, x);
+    call.set_results(in_place ? x.copy_(result) : result);
+    return call.finish();
+  }
+  const IndexCall index(call);
+  const auto target = in_place ? x : x.clone();
+  // values[B?,..] -> what user code sees as x[indices], then to the normal form.
+  std::vector<c10::SymInt> sizes{call.batch_size()};
+  const auto p = index.position();
+  for (int64_t d = 0; d < p; ++d) sizes.push_back(x.sym_size(index.kept[d] + 1));
+  sizes.insert(sizes.end(), index.shape.begin(), index.shape.end());
+  for (size_t d = p; d < index.kept.size(); ++d) sizes.push_back(x.sym_size(index.kept[d] + 1));
+  const auto rank = static_cast<int64_t>(sizes.size()) - 1;
+  const auto values = call.to_front(2, rank).expand_symint(sizes);
+  const auto order = index.seen_order();
+  std::vector<int64_t> inverse(order.size());
+  for (size_t d = 0; d < order.size(); ++d) inverse[order[d]] = static_cast<int64_t>(d);
+  auto view = index.normal_form(target, true);
+  at::index_put_(view, index.normal_indices(true), at::permute(values, inverse), call.arg("accumulate").toBool());
+  call.set_results(target);
+  call.finish();
+}
+
+// x[B?,*,n,*], dim, index[B?,k] -> y[B,*,k,*]
+void index_select_rule(BatchCall& call) {
+  const auto scalar_index = call.rank(2) == 0;
+  auto index = call.to_front(2, 1);
+  const auto rank = std::max<int64_t>(call.rank(0), 1);
+  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
+  at::Tensor y;
+  if (!call.is_batched(2)) {
+    y = at::index_select(call.to_front(0, rank), dim, index);
+  } else if (!call.is_batched(0)) {
+    const auto x = call.rank(0) == 0 ? call.tensor(0).unsqueeze(0) : call.tensor(0);
+    y = move_dim(split_dim(at::index_select(x, dim - 1, index.flatten()), dim - 1, call.batch_size()), dim - 1, 0);
+  } else {
+    const auto x = call.to_front(0, rank);
+    auto sizes = x.sym_sizes().vec();
+    sizes[dim] = index.sym_size(1);
+    for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
+    while (index.dim() < x.dim()) index = index.unsqueeze(-1);
+    y = at::gather(x, dim, index.expand_symint(sizes));
+  }
+  if (call.rank(0) == 0 || (scalar_index && rank == 1 && call.rank(0) == 0)) y = y.squeeze(1);
+  call.set_results(y);
+  call.finish();
+}
+
+// index[B?,k] -> index[B,1..,k,1..] with the sizes of source[B,*,k,*].
+at::Tensor index_like(BatchCall& call, int64_t dim, const at::Tensor& source) {
+  auto index = call.expand_to_front(2, 1);
+  for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
+  while (index.dim() < source.dim()) index = index.unsqueeze(-1);
+  return index.expand_symint(source.sym_sizes());
+}
+
+void finish_write(BatchCall& call, const at::Tensor& x, const at::Tensor& result) {
+  call.set_results(call.schema().is_mutable() ? x.copy_(result) : result);
+  call.finish();
+}
+
+void index_add_rule(BatchCall& call) {
+  const auto rank = std::max<int64_t>(call.rank(0), 1);
+  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
+  const bool scalar = call.rank(0) == 0;
+  const auto x = call.expand_to_front(0, rank);
+  const auto source = call.expand_to_front(3, rank) * call.arg("alpha").toScalar();
+  auto result = at::scatter_add(x, dim, index_like(call, dim, source), source.to(x.scalar_type()));
+  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+}
+
+void index_copy_rule(BatchCall& call) {
+  const auto rank = std::max<int64_t>(call.rank(0), 1);
+  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
+  const bool scalar = call.rank(0) == 0;
+  const auto x = call.expand_to_front(0, rank);
+  const auto source = call.expand_to_front(3, rank);
+  auto result = at::scatter(x, dim, index_like(call, dim, source), source);
+  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+}
+
+// x[B?,*], dim, index[B?,k], value[B?] -> y[B,*]
+void index_fill_rule(BatchCall& call) {
+  const auto rank = std::max<int64_t>(call.rank(0), 1);
+  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
+  const bool scalar = call.rank(0) == 0;
+  const auto x = call.expand_to_front(0, rank);
+  auto sizes = x.sym_sizes().vec();
+  sizes[dim] = call.tensor(2).sym_numel() / (call.is_batched(2) ? call.batch_size() : c10::SymInt(1));
+  const auto shape_only = x.new_empty_symint(sizes, x.options());
+  const auto index = index_like(call, dim, shape_only);
+  at::Tensor result;
+  if (call.arg(3).isTensor()) {
+    result = at::scatter(x, dim, index, call.expand_to_front(3, rank).to(x.scalar_type()).expand_symint(sizes));
+  } else {
+    result = at::scatter(x, dim, index, call.arg(3).toScalar());
+  }
+  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+}
+
+// x[B?,*], index[B?,*] -> y[B,*]: elements of the flattened example.
+void take_rule(BatchCall& call) {
+  auto flatten = [&](const at::Tensor& t) { return t.reshape_symint({t.sym_size(0), c10::SymInt(-1)}); };
+  const auto index = call.expand_to_front(1);
+  const auto x = flatten(call.expand_to_front(0));
+  const auto flat = flatten(index);
+  const auto n = x.size(1);
+  call.set_results(at::gather(x, 1, at::where(flat < 0, flat + n, flat)).reshape_symint(index.sym_sizes()));
+  call.finish();
+}
+
+// x[B?,*] with src[B?,*] written into part of it; dims count in x.
+struct ScatterView {
+  std::vector<size_t> dims;
+  void operator()(BatchCall& call) const {
+    const auto rank = call.rank(0);
+    call.expand_to_front(0);
+    call.expand_to_front(1);
+    for (auto d : dims) call.arg(d) = shift_dim(call.arg(d).toInt(), rank);
+    call.call();
+    call.finish();
+  }
+};
+
+}  // namespace
+
+void add_indexing_rules(RuleTable& rules) {
+  rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
+  rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
+  rules.add(expanded_along({"dim"}), {"gather",
+                                      "scatter.src",
+                                      "scatter_.src",
+                                      "scatter.value",
+                                      "scatter_.value",
+                                      "scatter.reduce",
+                                      "scatter_.reduce",
+                                      "scatter.value_reduce",
+                                      "scatter_.value_reduce",
+                                      "scatter_add",
+                                      "scatter_add_",
+                                      "scatter_reduce.two",
+                                      "scatter_reduce_.two"});
+  rules.add(&index_select_rule, {"index_select"});
+  rules.add(&index_add_rule, {"index_add", "index_add_"});
+  rules.add(&index_copy_rule, {"index_copy", "index_copy_"});
+  rules.add(&index_fill_rule,
+            {"index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor", "index_fill_.int_Tensor"});
+  rules.add(&take_rule, {"take"});
+  const auto scatter_view = [](std::vector<std::string> names) {
+    return Family{"scatter_view", [names](const c10::FunctionSchema& schema) -> Rule {
+                    std::vector<size_t> dims;
+                    for (const auto& name : names) dims.push_back(position_of(schema, name));
+                    return ScatterView{dims};
+                  }};
+  };
+  rules.add(scatter_view({"dim"}), {"select_scatter", "slice_scatter"});
+  rules.add(scatter_view({"dim1", "dim2"}), {"diagonal_scatter"});
+}
+
+}  // namespace functorch_lite

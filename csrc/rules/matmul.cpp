@@ -1,0 +1,118 @@
+// Products of matrices and vectors. Only the batched operand gets the batch: x[B,m,k] @ y[k,n] stays one product.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mul.h>
+
+#include "rules.h"
+
+namespace functorch_lite {
+namespace {
+
+// a[B?,m,k], b[B?,k,n] -> c[B,m,n]
+at::Tensor product(BatchCall& call, size_t a, size_t b) { return at::matmul(call.to_front(a), call.to_front(b)); }
+
+// a[B?,m,k], v[B?,k] -> y[B,m]
+at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
+  const auto& matrix = call.to_front(a);
+  const auto& vector = call.to_front(v);
+  if (!call.is_batched(v)) return at::matmul(matrix, vector);
+  if (!call.is_batched(a)) return at::matmul(vector, matrix.t());
+  return at::matmul(matrix, vector.unsqueeze(-1)).squeeze(-1);
+}
+
+// beta * bias + alpha * product, where beta == 0 ignores what is in bias.
+at::Tensor add_scaled(BatchCall& call, const at::Tensor& product, int64_t rank) {
+  const auto alpha = call.arg("alpha").toScalar();
+  const auto beta = call.arg("beta").toScalar();
+  auto result = alpha.equal(1) ? product : at::mul(product, alpha);
+  if (beta.equal(0)) return result;
+  const auto& bias = call.to_front(0, rank);
+  return beta.equal(1) ? result + bias : result + at::mul(bias, beta);
+}
+
+// The in-place form writes the same result into its first argument.
+void finish_sum(BatchCall& call, const at::Tensor& result) {
+  if (call.schema().is_mutable()) {
+    const auto target = call.to_front(0);
+    call.set_results(target.copy_(result));
+  } else {
+    call.set_results(result);
+  }
+  call.finish();
+}
+
+void mm_rule(BatchCall& call) {
+  call.set_results(product(call, 0, 1));
+  call.finish();
+}
+
+void mv_rule(BatchCall& call) {
+  call.set_results(matrix_vector(call, 0, 1));
+  call.finish();
+}
+
+// a[B?,n], b[B?,n] -> y[B]
+at::Tensor inner_product(const at::Tensor& a, const at::Tensor& b) {
+  if (a.dim() == 1) return at::matmul(b, a);
+  if (b.dim() == 1) return at::matmul(a, b);
+  return at::matmul(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2).squeeze(1);
+}
+void dot_rule(BatchCall& call) {
+  call.set_results(inner_product(call.to_front(0), call.to_front(1)));
+  call.finish();
+}
+void vdot_rule(BatchCall& call) {
+  call.set_results(inner_product(call.to_front(0).conj(), call.to_front(1)));
+  call.finish();
+}
+
+void addmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2), 2)); }
+void baddbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2), 3)); }
+void addbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2).sum(-3), 2)); }
+void addmv_rule(BatchCall& call) { finish_sum(call, add_scaled(call, matrix_vector(call, 1, 2), 1)); }
+void addr_rule(BatchCall& call) {
+  const auto outer = call.to_front(1).unsqueeze(-1) * call.to_front(2).unsqueeze(-2);
+  finish_sum(call, add_scaled(call, outer, 2));
+}
+
+// x[B?,*,k], weight[B?,n,k], bias[B?,n] -> y[B,*,n]
+void linear_rule(BatchCall& call) {
+  const auto rank = call.rank(0);
+  const bool shared_layer = !call.is_batched(1) && (!call.is_tensor(2) || !call.is_batched(2));
+  if (shared_layer) {
+    call.to_front(0);
+    call.call();
+    return call.finish();
+  }
+  const auto& x = call.to_front(0);
+  at::Tensor y;
+  if (!call.is_batched(1)) {
+    y = at::linear(x, call.tensor(1));
+  } else if (rank == 1) {
+    y = matrix_vector(call, 1, 0);
+  } else {
+    const auto weight = pad_rank(call.to_front(1), rank).transpose(-1, -2);
+    y = at::matmul(x, weight);
+  }
+  if (call.is_tensor(2)) y = y + call.to_front(2, rank);
+  call.set_results(y);
+  call.finish();
+}
+
+}  // namespace
+
+void add_matmul_rules(RuleTable& rules) {
+  rules.add(&mm_rule, {"mm", "bmm"});
+  rules.add(&mv_rule, {"mv"});
+  rules.add(&dot_rule, {"dot"});
+  rules.add(&vdot_rule, {"vdot"});
+  rules.add(&addmm_rule, {"addmm", "addmm_"});
+  rules.add(&baddbmm_rule, {"baddbmm", "baddbmm_"});
+  rules.add(&addbmm_rule, {"addbmm", "addbmm_"});
+  rules.add(&addmv_rule, {"addmv", "addmv_"});
+  rules.add(&addr_rule, {"addr", "addr_"});
+  rules.add(&linear_rule, {"linear"});
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,94 @@
+// Broadcasting arithmetic, comparison, type conversion, and their in-place and backward forms.
+#include <ATen/ops/copy.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+
+#include "rules.h"
+
+namespace functorch_lite {
+namespace {
+
+// x[B?,*], value[B?] -> x[B,*]: the value of each example fills that example.
+void fill_rule(BatchCall& call) {
+  const bool in_place = call.schema().is_mutable();
+  const auto& x = in_place ? call.to_front(0) : call.expand_to_front(0);
+  auto value = call.is_batched(1) ? pad_rank(call.to_front(1), call.rank(0)) : call.tensor(1);
+  const auto target = in_place ? x : at::empty_like(x);
+  target.copy_(value);
+  call.set_results(target);
+  call.finish();
+}
+
+// x[B?,*], mask[B?,*], value[B?] -> x[B,*].
+void masked_fill_rule(BatchCall& call) {
+  const bool in_place = call.schema().is_mutable();
+  const auto rank = std::max(call.rank(0), call.rank(1));
+  const auto x = call.to_front(0, rank);
+  const auto mask = call.to_front(1, rank);
+  const auto value = call.is_batched(2) ? call.to_front(2, rank) : call.tensor(2);
+  auto result = at::where(mask, value.to(x.scalar_type()), x);
+  call.set_results(in_place ? x.copy_(result) : result);
+  call.finish();
+}
+
+}  // namespace
+
+void add_pointwise_rules(RuleTable& rules) {
+  rules.add(&fill_rule, {"fill.Tensor", "fill_.Tensor"});
+  rules.add(&masked_fill_rule, {"masked_fill.Tensor", "masked_fill_.Tensor"});
+  // Pointwise, but not tagged so by PyTorch.
+  rules.add(pointwise(), {"copy_",
+                          "where.self",
+                          "masked_fill.Scalar",
+                          "masked_fill_.Scalar",
+                          "fill.Scalar",
+                          "fill_.Scalar",
+                          "zero_",
+                          "zero",
+                          "_to_copy",
+                          "clone",
+                          "lerp_.Scalar",
+                          "lerp_.Tensor",
+                          "_conj",
+                          "_conj_physical",
+                          "_neg_view",
+                          "view_as_real_copy",
+                          "real",
+                          "imag",
+                          "isnan",
+                          "isinf",
+                          "nan_to_num_",
+                          "silu_backward",
+                          "gelu_backward",
+                          "glu_jvp",
+                          "celu_",
+                          "hardswish_backward",
+                          "hardsigmoid_backward",
+                          "hardtanh_backward",
+                          "mish_backward",
+                          "elu_backward",
+                          "softplus_backward",
+                          "softshrink_backward",
+                          "hardshrink_backward",
+                          "leaky_relu_backward",
+                          "logit_backward",
+                          "log_sigmoid_backward",
+                          "rrelu_with_noise_backward",
+                          "threshold_backward",
+                          "sigmoid_backward",
+                          "tanh_backward",
+                          "_prelu_kernel",
+                          "_prelu_kernel_backward",
+                          "log_sigmoid_forward",
+                          "native_dropout_backward",
+                          "isin.Tensor_Scalar",
+                          "bucketize.Tensor_Scalar",
+                          "_autocast_to_reduced_precision",
+                          "_autocast_to_full_precision",
+                          "frexp.Tensor",
+                          "_fw_primal",
+                          "special_zeta.self_scalar",
+                          "special_zeta.other_scalar"});
+}
+
+}  // namespace functorch_lite

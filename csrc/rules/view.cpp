@@ -1,0 +1,165 @@
+// Views, indexing by integers and slices, and joining and splitting tensors.
+#include <ATen/ops/alias.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/flip.h>
+#include <ATen/ops/permute.h>
+#include <ATen/ops/reshape.h>
+#include <ATen/ops/roll.h>
+#include <ATen/ops/squeeze.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/transpose.h>
+#include <ATen/ops/view.h>
+
+#include "rules.h"
+
+namespace functorch_lite {
+namespace {
+
+// x[B,*] without its dimensions of size 1; the batch stays even if it is one.
+void squeeze_rule(BatchCall& call) {
+  const auto& x = call.to_front(0);
+  std::vector<int64_t> dims;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    if (x.sym_size(d) == 1) dims.push_back(d);
+  }
+  call.set_results(at::squeeze(x, dims));
+  call.finish();
+}
+
+// dim counts in the result, which has one dimension more.
+void unsqueeze_rule(BatchCall& call) {
+  call.to_front(0);
+  call.arg(1) = shift_dim(call.arg(1).toInt(), call.rank(0) + 1);
+  call.call();
+  call.finish();
+}
+
+// x[B,m,n] -> x[B,n,m]; vectors and scalars stay.
+void t_rule(BatchCall& call) {
+  const auto& x = call.to_front(0);
+  TORCH_CHECK(call.rank(0) <= 2, "t(): expected a tensor of at most 2 dimensions, got ", call.rank(0));
+  call.set_results(call.rank(0) == 2 ? at::transpose(x, 1, 2) : at::alias(x));
+  call.finish();
+}
+
+void permute_rule(BatchCall& call) {
+  call.to_front(0);
+  auto dims = call.arg(1).toIntVector();
+  for (auto& d : dims) d = shift_dim(d, call.rank(0));
+  dims.insert(dims.begin(), 0);
+  call.arg(1) = dims;
+  call.call();
+  call.finish();
+}
+
+// Without dims it rolls the flattened example.
+void roll_rule(BatchCall& call) {
+  const auto x = call.to_front(0);
+  auto dims = call.arg("dims").toIntVector();
+  for (auto& d : dims) d = shift_dim(d, call.rank(0));
+  const auto shifts = call.arg("shifts").toSymIntVector();
+  if (!dims.empty()) {
+    call.set_results(at::roll_symint(x, shifts, dims));
+  } else if (x.dim() == 1) {
+    call.set_results(x.clone());
+  } else {
+    const auto flat = x.flatten(1);
+    call.set_results(at::reshape_symint(at::roll_symint(flat, shifts, {1}), x.sym_sizes()));
+  }
+  call.finish();
+}
+
+// The view that user code describes is in one example's memory; the batch keeps its own stride.
+void as_strided_rule(BatchCall& call) {
+  const auto& x = call.to_front(0);
+  auto sizes = call.arg("size").toSymIntVector();
+  auto strides = call.arg("stride").toSymIntVector();
+  sizes.insert(sizes.begin(), call.batch_size());
+  strides.insert(strides.begin(), x.sym_stride(0));
+  const auto& offset = call.arg("storage_offset");
+  call.set_results(
+      at::as_strided_symint(x, sizes, strides, offset.isNone() ? x.sym_storage_offset() : offset.toSymInt()));
+  call.finish();
+}
+
+// x_i[B,*], dim -> y[B,*]. Empty vectors join tensors of any rank, as in user code.
+void cat_rule(BatchCall& call) {
+  auto tensors = call.expanded_list(0);
+  int64_t rank = 1;
+  for (const auto& x : tensors) rank = std::max(rank, x.dim() - 1);
+  std::vector<at::Tensor> kept;
+  for (auto& x : tensors) {
+    const bool legacy_empty = x.dim() == 2 && rank != 1 && x.sym_size(1) == 0;
+    if (!legacy_empty) kept.push_back(x);
+  }
+  call.set_results(at::cat(kept, shift_dim(call.arg("dim").toInt(), rank)));
+  call.finish();
+}
+
+void stack_rule(BatchCall& call) {
+  const auto tensors = call.expanded_list(0);
+  call.set_results(at::stack(tensors, shift_dim(call.arg("dim").toInt(), tensors[0].dim())));
+  call.finish();
+}
+
+// x.squeeze_() and the like: the out-of-place view becomes the value of the same wrapper.
+void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
+  auto twin = op.operator_name();
+  twin.name.pop_back();
+  const auto self = stack[stack.size() - count_arguments(op)].toTensor();
+  c10::Dispatcher::singleton().findSchemaOrThrow(twin.name.c_str(), twin.overload_name.c_str()).callBoxed(&stack);
+  const auto* view = as_wrapper(stack.back().toTensor());
+  as_wrapper(self)->replace_value(view->value(), view->bdim());
+  stack.back() = self;
+}
+
+}  // namespace
+
+void add_view_rules(RuleTable& rules) {
+  rules.add(&squeeze_rule, {"squeeze", "squeeze_copy"});
+  rules.add(&unsqueeze_rule, {"unsqueeze", "unsqueeze_copy"});
+  rules.add(&t_rule, {"t"});
+  rules.add(&permute_rule, {"permute", "permute_copy"});
+  rules.add(&roll_rule, {"roll"});
+  rules.add(&as_strided_rule, {"as_strided"});
+  rules.add(&in_place_view, {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_"});
+  rules.add(&cat_rule, {"cat"});
+  rules.add(&stack_rule, {"stack"});
+  rules.add(front(), {"alias",
+                      "detach",
+                      "detach_",
+                      "lift",
+                      "lift_fresh",
+                      "lift_fresh_copy",
+                      "tril",
+                      "triu",
+                      "tril_",
+                      "triu_",
+                      "view_as_real",
+                      "view_as_complex",
+                      "view.dtype",
+                      "contiguous",
+                      "requires_grad_",
+                      "_reshape_copy"});
+  rules.add(along({"dim"}), {"select.int",
+                             "slice.Tensor",
+                             "split.Tensor",
+                             "split_with_sizes",
+                             "unsafe_split.Tensor",
+                             "unsafe_split_with_sizes",
+                             "unbind.int",
+                             "squeeze.dim",
+                             "squeeze.dims"});
+  rules.add(along({"dimension"}), {"unfold"});
+  rules.add(along({"dims"}), {"flip"});
+  rules.add(along({"dim0", "dim1"}), {"transpose.int"});
+  rules.add(along({"dim1", "dim2"}), {"diagonal", "linalg_diagonal"});
+  rules.add(shaped("size"), {"view", "expand", "_unsafe_view", "new_empty", "new_zeros", "new_ones", "new_full"});
+  rules.add(shaped("repeats"), {"repeat"});
+  rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
+  rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
+  rules.add(shaped("input_sizes", {"dim"}), {"unfold_backward"});
+}
+
+}  // namespace functorch_lite

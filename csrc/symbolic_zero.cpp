@@ -1,0 +1,114 @@
+// Tangents that are known to be zero. See symbolic_zero.h first.
+#include "symbolic_zero.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/native/TypeProperties.h>
+#include <ATen/ops/clone.h>
+#include <ATen/ops/mul.h>
+
+#include "wrapper.h"
+
+namespace functorch_lite {
+namespace {
+
+struct Operators {
+  c10::OperatorHandle make_zero = find("aten::_efficientzerotensor", "");
+  c10::OperatorHandle primal = find("aten::_fw_primal", "");
+  c10::OperatorHandle mul = find("aten::mul", "Tensor");
+  c10::OperatorHandle div = find("aten::div", "Tensor");
+  c10::OperatorHandle add = find("aten::add", "Tensor");
+  c10::OperatorHandle sub = find("aten::sub", "Tensor");
+
+  static c10::OperatorHandle find(const char* name, const char* overload) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
+  }
+};
+
+const Operators& operators() {
+  static const Operators instance;
+  return instance;
+}
+
+bool is_zero(const at::Tensor& tensor, const Level& level) {
+  const auto* wrapper = wrapper_at(tensor, &level);
+  return wrapper != nullptr && wrapper->is_symbolic_zero;
+}
+
+c10::ScalarType common_dtype(const at::Tensor& a, const at::Tensor& b) {
+  return at::native::result_type(at::native::update_result_type_state(b, at::native::update_result_type_state(a, {})));
+}
+
+struct Arithmetic {
+  const at::Tensor& a;
+  const at::Tensor& b;
+  Level& level;
+  std::vector<c10::SymInt> sizes = at::infer_size_symint(a.sym_sizes(), b.sym_sizes());
+  c10::ScalarType dtype = common_dtype(a, b);
+
+  at::Tensor zero() const {
+    const auto& sized = a.dim() > 0 ? a : b;
+    return make_symbolic_zero(sizes, dtype, sized.device(), level);
+  }
+  bool is_whole_result(const at::Tensor& term) const {
+    return term.scalar_type() == dtype && term.sym_sizes().equals(sizes);
+  }
+};
+
+// A term that only the caller and our stack refer to is a temporary, and may itself become the result. Any other
+// is copied: a tangent is written in place when its primal is.
+at::Tensor as_result(const at::Tensor& term) { return term.use_count() <= 2 ? term : at::clone(term); }
+
+at::Tensor sum_with_zero(const Arithmetic& sum, const at::Scalar& factor_of_b) {
+  const bool a_is_zero = is_zero(sum.a, sum.level);
+  if (a_is_zero && is_zero(sum.b, sum.level)) return sum.zero();
+  const auto& term = a_is_zero ? sum.b : sum.a;
+  if (!sum.is_whole_result(term)) return {};
+  if (!a_is_zero || factor_of_b.equal(1)) return as_result(term);
+  return at::mul(term, factor_of_b);
+}
+
+}  // namespace
+
+bool try_symbolic_zero(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level) {
+  const auto& known = operators();
+  if (op == known.make_zero) {
+    const auto* arguments = stack.data() + stack.size() - 5;  // size, dtype, layout, device, pin_memory
+    auto zero = make_symbolic_zero(arguments[0].toSymIntVector(),
+                                   arguments[1].isNone() ? c10::typeMetaToScalarType(c10::get_default_dtype())
+                                                         : arguments[1].toScalarType(),
+                                   arguments[3].isNone() ? c10::Device(c10::kCPU) : arguments[3].toDevice(), level);
+    torch::jit::drop(stack, 5);
+    torch::jit::push(stack, std::move(zero));
+    return true;
+  }
+  if (op == known.primal) {
+    const auto& dual = stack[stack.size() - 2].toTensor();
+    const auto* wrapper = wrapper_at(dual, &level);
+    if (wrapper == nullptr) return false;
+    auto primal = wrap(wrapper->value(), level);
+    torch::jit::drop(stack, 2);
+    torch::jit::push(stack, std::move(primal));
+    return true;
+  }
+  if (!any_zero) return false;
+  const bool multiplies = op == known.mul || op == known.div;
+  const bool adds = op == known.add || op == known.sub;
+  if (!multiplies && !adds) return false;
+  const auto n = multiplies ? 2 : 3;
+  const auto* arguments = stack.data() + stack.size() - n;
+  const Arithmetic call{arguments[0].toTensor(), arguments[1].toTensor(), level};
+  at::Tensor result;
+  if (adds) {
+    auto factor = arguments[2].toScalar();
+    result = sum_with_zero(call, op == known.sub ? -factor : factor);
+  } else if (op == known.mul || (is_zero(call.a, level) && !is_zero(call.b, level) &&
+                                 c10::isFloatingType(call.dtype))) {
+    result = call.zero();
+  }
+  if (!result.defined()) return false;
+  torch::jit::drop(stack, n);
+  torch::jit::push(stack, std::move(result));
+  return true;
+}
+
+}  // namespace functorch_lite

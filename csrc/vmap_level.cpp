@@ -1,0 +1,42 @@
+// The vmap level. See vmap_level.h first.
+#include "vmap_level.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
+
+#include "keys.h"
+#include "op_args.h"
+#include "wrapper.h"
+
+namespace functorch_lite {
+
+VmapLevel& current_vmap_level() {
+  auto* level = dynamic_cast<VmapLevel*>(current_level());
+  TORCH_INTERNAL_ASSERT(level != nullptr, "a batching rule ran outside vmap");
+  return *level;
+}
+
+void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
+  const auto n = count_arguments(op);
+  auto* arguments = stack.data() + stack.size() - n;
+  bool any_batched = false;
+  bool any_closed = false;
+  for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = as_wrapper(tensor);
+    if (wrapper == nullptr) return;
+    any_batched |= wrapper->level() == this;
+    any_closed |= !is_active(wrapper->level());
+  });
+  if (C10_UNLIKELY(any_closed)) {
+    replace_tensors(arguments, n, strip_closed_levels);
+    return run(op, stack);
+  }
+  if (!any_batched && !op.hasTag(at::Tag::nondeterministic_seeded)) {
+    RunBelow below(*this);
+    op.callBoxed(&stack);
+    return;
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);
+}
+
+}  // namespace functorch_lite

@@ -1,0 +1,30 @@
+// The level of vmap: finds the batching rule of each operator.
+#pragma once
+
+#include <c10/core/SymInt.h>
+
+#include "level.h"
+
+namespace functorch_lite {
+
+class VmapLevel final : public Level {
+ public:
+  enum class Randomness : uint8_t { kError, kSame, kDifferent };
+
+  VmapLevel(c10::SymInt batch_size, Randomness randomness)
+      : Level(/*sets_modes=*/false), batch_size_(std::move(batch_size)), randomness_(randomness) {}
+
+  void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
+  const char* kind() const override { return "vmap"; }
+  const c10::SymInt& batch_size() const { return batch_size_; }
+  Randomness randomness() const { return randomness_; }
+
+ private:
+  c10::SymInt batch_size_;
+  Randomness randomness_;
+};
+
+// The innermost level, which must be a vmap: for code that batching rules call.
+VmapLevel& current_vmap_level();
+
+}  // namespace functorch_lite

@@ -1,0 +1,132 @@
+// The wrapper tensor. See wrapper.h first.
+#include "wrapper.h"
+
+#include <ATen/ops/zeros.h>
+
+#include "errors.h"
+
+namespace functorch_lite {
+
+Wrapper::Wrapper(at::Tensor value, LevelPtr level, int64_t bdim)
+    : TensorImpl(c10::DispatchKeySet(kFront), value.dtype(), value.device()),
+      value_(std::move(value)),
+      level_(std::move(level)),
+      bdim_(bdim) {
+  set_storage_access_should_throw();
+  copy_keys_from_value();
+  auto* impl = value_.unsafeGetTensorImpl();
+  // Under inference mode the constructor made an inference tensor, which autograd refuses: the keys above undo it.
+  set_version_counter(impl->is_inference() ? c10::VariableVersion(0) : impl->version_counter());
+  refresh();
+}
+
+Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, LevelPtr level)
+    : TensorImpl(c10::DispatchKeySet(kFront), c10::scalarTypeToTypeMeta(dtype), device),
+      is_symbolic_zero(true),
+      level_(std::move(level)),
+      bdim_(kNoBatchDim) {
+  set_storage_access_should_throw();
+  key_set_ = kAutodiffKeys.add(kFront);
+  set_version_counter(c10::VariableVersion(0));
+  std::vector<c10::SymInt> strides(sizes.size(), 1);
+  for (auto i = static_cast<int64_t>(sizes.size()) - 2; i >= 0; --i) {
+    strides[i] = strides[i + 1] * sizes[i + 1].max(1);
+  }
+  set_sizes_and_strides(sizes, strides, c10::SymInt(0));
+}
+
+void Wrapper::copy_keys_from_value() {
+  constexpr auto seen_from_outside = c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  constexpr auto subclass_like = c10::DispatchKeySet({kSubclassMark, c10::DispatchKey::Python});
+  const auto value_keys = value_.key_set();
+  key_set_ = kAutodiffKeys.add(kFront) | (value_keys & seen_from_outside);
+  if (bdim_ != kNoBatchDim || value_keys.has_any(subclass_like)) key_set_ = key_set_.add(kSubclassMark);
+}
+
+void Wrapper::refresh() {
+  const auto* impl = value_.unsafeGetTensorImpl();
+  if (impl->has_symbolic_sizes_strides()) {
+    auto sizes = impl->sym_sizes().vec();
+    auto strides = impl->sym_strides().vec();
+    if (bdim_ != kNoBatchDim) {
+      sizes.erase(sizes.begin() + bdim_);
+      strides.erase(strides.begin() + bdim_);
+    }
+    set_sizes_and_strides(sizes, strides, impl->sym_storage_offset());
+    return;
+  }
+  const auto sizes = impl->sizes();
+  const auto strides = impl->strides();
+  if (bdim_ == kNoBatchDim) {
+    set_sizes_and_strides(sizes, strides, impl->storage_offset());
+    return;
+  }
+  c10::SmallVector<int64_t, 8> logical_sizes(sizes.begin(), sizes.end());
+  c10::SmallVector<int64_t, 8> logical_strides(strides.begin(), strides.end());
+  logical_sizes.erase(logical_sizes.begin() + bdim_);
+  logical_strides.erase(logical_strides.begin() + bdim_);
+  set_sizes_and_strides(logical_sizes, logical_strides, impl->storage_offset());
+}
+
+const at::Tensor& Wrapper::value() const {
+  if (C10_UNLIKELY(is_symbolic_zero && !value_.defined())) {
+    RunBelow below(*level_);
+    value_ = at::zeros_symint(sym_sizes(), c10::TensorOptions().dtype(dtype()).device(device()));
+  }
+  return value_;
+}
+
+void Wrapper::replace_value(at::Tensor value, int64_t bdim) {
+  value_ = std::move(value);
+  bdim_ = bdim;
+  copy_keys_from_value();
+  refresh();
+}
+
+c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(const c10::VariableVersion& version,
+                                                                     bool allow_metadata_change) const {
+  auto copy = c10::make_intrusive<Wrapper>(value(), level_, bdim_);
+  copy->is_captured = is_captured;
+  copy->set_version_counter(version);
+  copy->set_allow_tensor_metadata_change(allow_metadata_change);
+  return copy;
+}
+
+c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(c10::VariableVersion&& version,
+                                                                     bool allow_metadata_change) const {
+  return shallow_copy_and_detach(static_cast<const c10::VariableVersion&>(version), allow_metadata_change);
+}
+
+void Wrapper::shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl) {
+  auto* other = as_wrapper(impl.get());
+  TORCH_CHECK(other != nullptr && other->level() == level(),
+              "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same "
+              "transform. Return the new tensor from the function instead.");
+  replace_value(other->value(), other->bdim());
+}
+
+at::Tensor wrap(at::Tensor value, Level& level, int64_t bdim) {
+  return at::detail::make_tensor<Wrapper>(std::move(value), LevelPtr::unsafe_reclaim_from_nonowning(&level), bdim);
+}
+
+at::Tensor make_symbolic_zero(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, Level& level) {
+  auto owner = LevelPtr::unsafe_reclaim_from_nonowning(&level);
+  return at::detail::make_tensor<Wrapper>(sizes, dtype, device, std::move(owner));
+}
+
+at::Tensor strip_closed_levels(at::Tensor tensor) {
+  while (auto* wrapper = as_wrapper(tensor)) {
+    if (is_active(wrapper->level())) break;
+    if (wrapper->bdim() != kNoBatchDim) raise_escaped(*wrapper);
+    tensor = wrapper->value();
+  }
+  return tensor;
+}
+
+const at::Tensor& innermost_value(const at::Tensor& tensor) {
+  const auto* result = &tensor;
+  while (auto* wrapper = as_wrapper(*result)) result = &wrapper->value();
+  return *result;
+}
+
+}  // namespace functorch_lite

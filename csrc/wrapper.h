@@ -1,0 +1,77 @@
+// The tensor that user code holds at a level: a value one level down, and the level it belongs to.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/WrapDimMinimal.h>
+
+#include <typeinfo>
+
+#include "keys.h"
+#include "level.h"
+
+namespace functorch_lite {
+
+constexpr int64_t kNoBatchDim = -1;
+
+// One class serves every kind of level. Sizes and strides are those that user code sees (without the batch
+// dimension) and may be symbolic; there is no storage. The version counter is the value's own, so a write is
+// seen by every wrapper of the same memory.
+class Wrapper final : public c10::TensorImpl {
+ public:
+  Wrapper(at::Tensor value, LevelPtr level, int64_t bdim);
+  // A symbolic zero.
+  Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, LevelPtr level);
+
+  const at::Tensor& value() const;
+  // The dimension of `value` that a vmap level hides, or kNoBatchDim.
+  int64_t bdim() const { return bdim_; }
+  Level* level() const { return level_.get(); }
+  const LevelPtr& level_ptr() const { return level_; }
+
+  // Follows an operator that changed the value's metadata in place.
+  void refresh();
+  // Puts another tensor in the place of the value.
+  void replace_value(at::Tensor value, int64_t bdim);
+
+  // Memory that existed before the level opened: writing values that need a derivative here would lose them.
+  bool is_captured = false;
+  // A tangent known to be zero: the value is made only if somebody asks for it.
+  bool is_symbolic_zero = false;
+
+  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(const c10::VariableVersion& version,
+                                                              bool allow_metadata_change) const override;
+  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(c10::VariableVersion&& version,
+                                                              bool allow_metadata_change) const override;
+  void shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl) override;
+
+ private:
+  void copy_keys_from_value();
+
+  mutable at::Tensor value_;
+  LevelPtr level_;
+  int64_t bdim_;
+};
+
+// The wrapper behind a tensor, or null. Key sets alone do not tell: other wrappers copy them.
+inline Wrapper* as_wrapper(const c10::TensorImpl* impl) {
+  if (!impl->key_set().has(kFront) || typeid(*impl) != typeid(Wrapper)) return nullptr;
+  return const_cast<Wrapper*>(static_cast<const Wrapper*>(impl));
+}
+inline Wrapper* as_wrapper(const at::TensorBase& tensor) { return as_wrapper(tensor.unsafeGetTensorImpl()); }
+// The wrapper if it belongs to `level`, or null.
+inline Wrapper* wrapper_at(const at::TensorBase& tensor, const Level* level) {
+  auto* wrapper = as_wrapper(tensor);
+  return wrapper != nullptr && wrapper->level() == level ? wrapper : nullptr;
+}
+
+at::Tensor wrap(at::Tensor value, Level& level, int64_t bdim = kNoBatchDim);
+at::Tensor make_symbolic_zero(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, Level& level);
+
+// The tensor as code at the current level may see it: wrappers of levels that are no longer on the stack are
+// replaced by their values. Raises if such a value still has a hidden batch dimension.
+at::Tensor strip_closed_levels(at::Tensor tensor);
+// The tensor below all wrappers.
+const at::Tensor& innermost_value(const at::Tensor& tensor);
+
+}  // namespace functorch_lite

@@ -1,0 +1,46 @@
+"""Builds functorch_lite._C next to the torch that is installed. Metadata is in pyproject.toml."""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+except ImportError:
+    sys.exit(
+        "functorch_lite builds against the PyTorch that it will run with, and found none.\n"
+        "Install torch first (pip install torch), then: pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent
+
+# Two headers that would make every file slow to compile are errors under these.
+NARROW_HEADERS = [("AT_PER_OPERATOR_HEADERS", None), ("TORCH_ASSERT_ONLY_METHOD_OPERATORS", None)]
+# Warnings are for our code: PyTorch's headers count as system headers.
+SYSTEM_HEADERS = [flag for path in include_paths() for flag in ("-isystem", path)]
+
+extension = CppExtension(
+    "functorch_lite._C",
+    sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+    define_macros=NARROW_HEADERS,
+    extra_compile_args=["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", *SYSTEM_HEADERS],
+)
+
+
+class Build(BuildExtension):
+    """Records which torch the extension was built for: `import functorch_lite` compares."""
+
+    def run(self):
+        """Build, then leave the record beside the extension."""
+        os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+        super().run()
+        package = ROOT if self.inplace else Path(self.build_lib)
+        record = package / "functorch_lite" / "_built_for.py"
+        record.write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
