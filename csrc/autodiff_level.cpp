@@ -93,7 +93,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     replace_tensors(arguments, n, strip_closed_levels);
     return run(op, stack);
   }
-  if (forward() && try_symbolic_zero(op, stack, any_zero, *this)) return;
+  if (forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
 
   const auto modes = AutogradModes::current();
   any_variable = any_variable && (forward() ? modes.forward_grad : modes.grad);
@@ -209,12 +209,6 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
   level->run_below(op, *stack, false);
 }
 
-// The formulas ask before they give a tangent to a tensor whose memory layout must match. Ours have no storage.
-void same_storage_size(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
-  torch::jit::drop(*stack, 2);
-  torch::jit::push(*stack, true);
-}
-
 // Fused attention has no second derivative and no forward mode, its plain form has all.
 void choose_plain_attention(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   constexpr int64_t kPlain = 0;
@@ -255,7 +249,6 @@ class Handlers final : public c10::OpRegistrationListener {
  private:
   static c10::KernelFunction kernel_for(const c10::OperatorHandle& op) {
     const auto& name = op.operator_name().name;
-    if (name == "aten::_has_same_storage_numel") return c10::KernelFunction::makeFromBoxedFunction<&same_storage_size>();
     if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain_attention>();
     return c10::KernelFunction::makeFromBoxedFunction<&below_autograd>();
   }

@@ -119,6 +119,12 @@ std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& le
   return {wrapper->value(), wrapper->bdim()};
 }
 
+struct OutsideContext {
+  std::optional<Outside> outside;
+  void enter() { outside.emplace(); }
+  void exit() { outside.reset(); }
+};
+
 py::object describe(const at::Tensor& tensor) {
   const auto* wrapper = as_wrapper(tensor);
   if (wrapper == nullptr) return py::none();
@@ -153,8 +159,12 @@ PYBIND11_MODULE(_C, m) {
   register_batching_rules();
 
   py::class_<Level, c10::intrusive_ptr<Level>>(m, "Level")
-      .def("open", &Level::open)
-      .def("close", &Level::close)
+      .def("__enter__",
+           [](const LevelPtr& level) {
+             level->open();
+             return level;
+           })
+      .def("__exit__", [](Level& level, const py::object&, const py::object&, const py::object&) { level.close(); })
       .def_property_readonly("depth", &Level::depth)
       .def_property_readonly("kind", &Level::kind);
   py::enum_<VmapLevel::Randomness>(m, "Randomness")
@@ -175,6 +185,13 @@ PYBIND11_MODULE(_C, m) {
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
       .def("backward", &backward);
+
+  py::class_<OutsideContext>(m, "Outside")
+      .def(py::init<>())
+      .def("__enter__", &OutsideContext::enter)
+      .def("__exit__", [](OutsideContext& context, const py::object&, const py::object&, const py::object&) {
+        context.exit();
+      });
 
   m.def("level_depth", &level_depth);
   m.def("describe", &describe);

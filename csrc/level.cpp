@@ -109,6 +109,15 @@ RunBelow::~RunBelow() {
   if (level_.sets_modes_) saved_modes_.make_current();
 }
 
+Outside::Outside() : saved_level_(innermost), saved_keys_(c10::impl::tls_local_dispatch_key_set()) {
+  set_innermost(nullptr, saved_keys_);
+}
+
+Outside::~Outside() {
+  innermost = saved_level_;
+  c10::impl::_force_tls_local_dispatch_key_set(saved_keys_);
+}
+
 Suspended::Suspended(LevelPtr level)
     : level_(std::move(level)), outer_(suspended), hooks_at_start_(saved_tensor_hooks()) {
   suspended = this;

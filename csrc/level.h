@@ -75,6 +75,19 @@ class RunBelow {
   AutogradModes saved_modes_;
 };
 
+// Runs the enclosed code outside all levels, as plain PyTorch.
+class Outside {
+ public:
+  Outside();
+  ~Outside();
+  Outside(const Outside&) = delete;
+  Outside& operator=(const Outside&) = delete;
+
+ private:
+  Level* saved_level_;
+  c10::impl::LocalDispatchKeySet saved_keys_;
+};
+
 // Marks the enclosed backward pass as `level`'s. The level is closed, so derivative formulas see values. But code
 // that computes the forward pass again inside a saved-tensor hook (activation checkpointing) has to record, so
 // while such hooks are installed the level is back on the stack.

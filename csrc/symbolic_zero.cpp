@@ -14,6 +14,7 @@ namespace {
 struct Operators {
   c10::OperatorHandle make_zero = find("aten::_efficientzerotensor", "");
   c10::OperatorHandle primal = find("aten::_fw_primal", "");
+  c10::OperatorHandle same_storage_size = find("aten::_has_same_storage_numel", "");
   c10::OperatorHandle mul = find("aten::mul", "Tensor");
   c10::OperatorHandle div = find("aten::div", "Tensor");
   c10::OperatorHandle add = find("aten::add", "Tensor");
@@ -69,7 +70,7 @@ at::Tensor sum_with_zero(const Arithmetic& sum, const at::Scalar& factor_of_b) {
 
 }  // namespace
 
-bool try_symbolic_zero(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level) {
+bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level) {
   const auto& known = operators();
   if (op == known.make_zero) {
     const auto* arguments = stack.data() + stack.size() - 5;  // size, dtype, layout, device, pin_memory
@@ -88,6 +89,12 @@ bool try_symbolic_zero(const c10::OperatorHandle& op, Stack& stack, bool any_zer
     auto primal = wrap(wrapper->value(), level);
     torch::jit::drop(stack, 2);
     torch::jit::push(stack, std::move(primal));
+    return true;
+  }
+  if (op == known.same_storage_size) {
+    // Asked before a tensor gets a tangent, whose memory layout must match. Wrappers have no storage.
+    torch::jit::drop(stack, 2);
+    torch::jit::push(stack, true);
     return true;
   }
   if (!any_zero) return false;

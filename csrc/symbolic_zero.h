@@ -11,8 +11,8 @@ namespace functorch_lite {
 
 class Level;
 
-// Handles the call if it makes a zero, or strips a tangent, or is simple arithmetic with a zero argument. Returns
-// false if the call has to run as usual.
-bool try_symbolic_zero(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level);
+// Handles the call if it is one of those that the formulas make around tangents (a zero, a primal without its tangent,
+// a question about storage), or simple arithmetic with a zero argument. Returns false if it has to run as usual.
+bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level);
 
 }  // namespace functorch_lite

@@ -1,16 +1,17 @@
 """Typed face of the extension; see csrc/bindings.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from typing_extensions import Self
 
 class Level:
     @property
     def depth(self) -> int: ...
     @property
     def kind(self) -> str: ...
-    def open(self) -> None: ...
-    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 class Randomness:
     error: Randomness
@@ -30,11 +31,15 @@ class AutodiffLevel(Level):
     def value_of(self, tensor: torch.Tensor) -> torch.Tensor: ...
     def backward(
         self,
-        outputs: list[torch.Tensor],
-        cotangents: list[torch.Tensor],
-        inputs: list[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
         keep_graph: bool,
     ) -> list[torch.Tensor | None]: ...
+
+class Outside:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 def level_depth() -> int: ...
 def describe(tensor: torch.Tensor) -> tuple[str, int, bool, int | None, torch.Tensor] | None: ...

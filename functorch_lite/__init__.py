@@ -1,0 +1,41 @@
+"""Composable function transforms for PyTorch."""
+
+from functorch_lite import _install
+from functorch_lite._C import level_depth
+from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
+from functorch_lite._jacobian import hessian, jacfwd, jacrev
+from functorch_lite._jvp import jvp
+from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
+from functorch_lite._vmap import vmap
+
+__all__ = [
+    "EscapedTensorError",
+    "LoopFallbackWarning",
+    "functional_call",
+    "grad",
+    "grad_and_value",
+    "hessian",
+    "jacfwd",
+    "jacrev",
+    "jvp",
+    "level_depth",
+    "make_fx",
+    "replace_all_batch_norm_modules_",
+    "stack_module_state",
+    "value_and_grad",
+    "vjp",
+    "vmap",
+]
+
+__version__ = "0.1.0"
+
+_install.connect()
+
+
+def __getattr__(name: str) -> object:
+    if name == "make_fx":  # imports a tenth of torch: only when asked for
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        return make_fx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,6 @@
 // Tensors made in the image of a batched one.
+#include <ATen/ops/zeros.h>
+
 #include "rules.h"
 
 namespace functorch_lite {
@@ -19,10 +21,18 @@ void new_empty_strided_rule(BatchCall& call) {
   call.finish();
 }
 
+// Zeros for a tangent: of the size of other[B?,*], for every example.
+void new_zeros_like_other_rule(BatchCall& call) {
+  const auto& other = call.expand_to_front(1);
+  call.set_results(at::zeros_symint(other.sym_sizes(), other.options()));
+  call.finish();
+}
+
 }  // namespace
 
 void add_factory_rules(RuleTable& rules) {
-  rules.add(front(), {"zeros_like", "ones_like", "full_like", "empty_like", "zeros_like_copy"});
+  rules.add(front(), {"zeros_like", "ones_like", "full_like", "empty_like"});
+  rules.add(&new_zeros_like_other_rule, {"_new_zeros_with_same_feature_meta"});
   rules.add(&new_empty_strided_rule, {"new_empty_strided"});
 }
 

@@ -82,7 +82,6 @@ void add_pointwise_rules(RuleTable& rules) {
                           "log_sigmoid_forward",
                           "native_dropout_backward",
                           "isin.Tensor_Scalar",
-                          "bucketize.Tensor_Scalar",
                           "_autocast_to_reduced_precision",
                           "_autocast_to_full_precision",
                           "frexp.Tensor",

@@ -1,0 +1,81 @@
+"""Where user code meets ours: tracebacks without our frames, and the user's line for messages."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from functorch_lite import _checks
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+_OURS = os.path.dirname(__file__) + os.sep
+_LIBRARIES = (_OURS, os.path.dirname(torch.__file__) + os.sep)
+#: Set to anything but "0" to keep this package's frames in tracebacks.
+FULL_TRACEBACK = "FUNCTORCH_LITE_FULL_TRACEBACK"
+
+
+def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
+    kept = []
+    while traceback is not None:
+        if not traceback.tb_frame.f_code.co_filename.startswith(_OURS):
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    result = None
+    for entry in reversed(kept):
+        entry.tb_next = result
+        result = entry
+    return result
+
+
+def boundary(function: FunctionT, like: object = None) -> FunctionT:
+    """Wrap what users call: an error shows their lines, not ours. ``like`` lends its name and docstring."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            if os.environ.get(FULL_TRACEBACK, "0") == "0":
+                error.__traceback__ = _without_our_frames(error.__traceback__)
+            raise
+
+    return functools.update_wrapper(wrapper, like if callable(like) else function)  # type: ignore[return-value]
+
+
+def _user_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame
+
+
+def user_location() -> str:
+    """``file.py:12``, the innermost line outside torch and this package."""
+    frame = _user_frame()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def warn_loop(operator: str) -> None:
+    """Warn, attributed to the user's line, that ``operator`` runs example by example."""
+    frame = _user_frame()
+    message = (
+        f"vmap: {operator} has no batching rule, so it runs once for each example. This is right but slow; "
+        f"see docs/batching_rules.md for how to add a rule."
+    )
+    if frame is None:
+        warnings.warn(message, _checks.LoopFallbackWarning, stacklevel=1)
+        return
+    warnings.warn_explicit(
+        message,
+        _checks.LoopFallbackWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

@@ -1,0 +1,149 @@
+"""Validation of what users pass in, and every message they can meet from the Python side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+
+class EscapedTensorError(RuntimeError):
+    """A tensor was used after the `vmap` that made it had returned, or in another thread.
+
+    Inside `vmap` a tensor stands for one example of a batch. It lives as long as the call of the mapped function; what
+    outlives the call is what the function returns, with the batch dimension put back::
+
+        kept = []
+        functorch_lite.vmap(lambda x: kept.append(x))(xs)
+        kept[0] + 1  # EscapedTensorError: return x instead of appending it
+
+    Tensors that escape from `grad`, `vjp` or `jvp` have no hidden dimension: they behave as their value.
+    """
+
+
+class LoopFallbackWarning(UserWarning):
+    """`vmap` runs an operator example by example, because it has no batching rule and no decomposition."""
+
+
+def name_of(func: object) -> str:
+    """How messages call the user's function."""
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def refuse_type(message: str) -> NoReturn:
+    """Raise a TypeError."""
+    raise TypeError(message)
+
+
+def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
+    """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
+    given = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(given, tuple) or not all(isinstance(i, int) for i in given):
+        refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
+    if not given:
+        raise ValueError(f"{transform}: argnums is empty; name at least one positional argument.")
+    for i in given:
+        if not -count <= i < count:
+            raise ValueError(
+                f"{transform}: argnums={argnums!r} selects positional argument {i}, but the function was called with "
+                f"{count} positional argument{'s' * (count != 1)}. Pass what is to be differentiated by position."
+            )
+    positions = tuple(i % count for i in given)
+    if len(set(positions)) != len(positions):
+        raise ValueError(f"{transform}: argnums={argnums!r} selects the same argument twice.")
+    return positions
+
+
+def check_callable(transform: str, func: Any) -> None:
+    """Require a function."""
+    if not callable(func):
+        refuse_type(f"{transform}: expected a function as first argument, got {type(func).__name__}.")
+
+
+def check_differentiable(transform: str, leaf: Any, name: str) -> None:
+    """Require a real or complex tensor."""
+    if not isinstance(leaf, Tensor):
+        refuse_type(
+            f"{transform}: {name} is a {type(leaf).__name__} and cannot be differentiated. Pass a torch.Tensor, or "
+            f"leave the argument out of argnums."
+        )
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        refuse_type(
+            f"{transform}: {name} has dtype {leaf.dtype}; derivatives exist for floating-point and complex tensors "
+            f"only. Convert it, for example with .to(torch.float32), or leave the argument out of argnums."
+        )
+
+
+def check_pair(transform: str, func: Any, output: Any) -> None:
+    """Require the (output, aux) that ``has_aux=True`` promises."""
+    if not (isinstance(output, tuple) and len(output) == 2):
+        got = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
+        refuse_type(f"{transform}: has_aux=True expects {name_of(func)} to return (output, aux), got {got}.")
+
+
+def check_scalar_output(transform: str, func: Any, output: Any) -> None:
+    """Require a real number."""
+    if not isinstance(output, Tensor):
+        hint = " Pass has_aux=True if the rest is auxiliary." if isinstance(output, tuple) else ""
+        refuse_type(
+            f"{transform}: {name_of(func)} must return a single tensor, the value to differentiate, got "
+            f"{type(output).__name__}.{hint}"
+        )
+    if output.dim() != 0:
+        raise ValueError(
+            f"{transform}: {name_of(func)} must return a scalar (a tensor of shape ()), got shape "
+            f"{tuple(output.shape)}. Reduce it, for example with .sum(), or use jacrev or vjp."
+        )
+    if output.is_complex():
+        raise ValueError(
+            f"{transform}: {name_of(func)} returned a complex number ({output.dtype}), which has no gradient. Return a "
+            f"real one, for example .abs() or .real, or use jacrev for a holomorphic function."
+        )
+    if not output.is_floating_point():
+        raise ValueError(
+            f"{transform}: {name_of(func)} returned dtype {output.dtype}, which has no gradient. Return a "
+            f"floating-point number."
+        )
+
+
+def check_tensor_outputs(transform: str, func: Any, leaves: Sequence[Any], paths: Sequence[str]) -> None:
+    """Require tensors everywhere."""
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not isinstance(leaf, Tensor):
+            refuse_type(
+                f"{transform}: {name_of(func)} must return tensors, got {type(leaf).__name__} at output{path}. Return "
+                f"it as auxiliary output (has_aux=True) if it is not to be differentiated."
+            )
+
+
+def check_same_structure(transform: str, what: str, got: Any, expected: Any, of: str) -> None:
+    """Require that two trees have one structure."""
+    if got != expected:
+        raise ValueError(f"{transform}: {what} must have the structure of {of}: expected {expected}, got {got}.")
+
+
+def check_like(transform: str, what: str, got: Any, expected: Tensor, of: str) -> None:
+    """Require a tensor of another's shape, and a dtype that converts to its own."""
+    if not isinstance(got, Tensor):
+        refuse_type(f"{transform}: {what} must be a tensor like {of}, got {type(got).__name__}.")
+    if got.shape != expected.shape:
+        raise ValueError(
+            f"{transform}: {what} must have the shape of {of}, {tuple(expected.shape)}, got {tuple(got.shape)}."
+        )
+    if got.dtype != expected.dtype:
+        raise ValueError(f"{transform}: {what} must have the dtype of {of}, {expected.dtype}, got {got.dtype}.")
+
+
+def check_chunk_size(transform: str, chunk_size: Any) -> None:
+    """Require None or a positive int."""
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size <= 0:
+        raise ValueError(f"{transform}: chunk_size must be None or a positive int, got {chunk_size!r}.")
+
+
+def check_randomness(randomness: Any) -> None:
+    """Require one of the three settings."""
+    if randomness not in ("error", "same", "different"):
+        raise ValueError(f"vmap: randomness must be 'error', 'same' or 'different', got {randomness!r}.")

@@ -1,0 +1,40 @@
+"""Import: check that the extension fits the running torch, then connect its two halves."""
+
+import torch
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def check_torch_version(built_for: str, running: str) -> None:
+    """Raise an ImportError that tells how to rebuild if the two versions differ."""
+    if built_for != running:
+        raise ImportError(
+            f"functorch_lite was built for torch {built_for}, but torch {running} is running. Build it again in its "
+            f"source directory:\n    {REBUILD}"
+        )
+
+
+def _built_for() -> str:
+    try:
+        from functorch_lite._built_for import TORCH_VERSION
+    except ImportError:
+        raise ImportError(
+            f"functorch_lite's C++ extension is not built. Build it in the source directory:\n    {REBUILD}"
+        ) from None
+    return TORCH_VERSION
+
+
+check_torch_version(_built_for(), torch.__version__)
+
+
+def connect() -> None:
+    """Give the extension the Python functions that it calls."""
+    from functorch_lite import _boundary, _C, _checks, _decompose, _repr
+
+    _C.set_python_side(
+        _decompose.install_decomposition,
+        _boundary.warn_loop,
+        _boundary.user_location,
+        _checks.EscapedTensorError,
+    )
+    _repr.install()

@@ -1,0 +1,236 @@
+"""Jacobians and Hessians: compositions of vmap, vjp and jvp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_lite import _checks, _tree
+from functorch_lite._boundary import boundary
+from functorch_lite._jvp import jvp
+from functorch_lite._vjp import value_and_pullback
+from functorch_lite._vmap import vmap
+
+
+def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Rows ``start`` to ``stop`` of the standard basis of the space of all leaves, split and shaped like them."""
+    offset = 0
+    parts = []
+    for leaf in leaves:
+        n = leaf.numel()
+        rows = torch.zeros(stop - start, n, dtype=leaf.dtype, device=leaf.device)
+        first, last = max(start, offset), min(stop, offset + n)
+        if first < last:
+            rows[first - start : last - start, first - offset : last - offset].fill_diagonal_(1)
+        parts.append(rows.view(stop - start, *leaf.shape))
+        offset += n
+    return parts
+
+
+def _chunks(leaves: Sequence[Tensor], chunk_size: int | None) -> Iterator[tuple[int, int]]:
+    total = sum(leaf.numel() for leaf in leaves)
+    step = total if chunk_size is None else chunk_size
+    if total == 0:
+        yield 0, 0
+        return
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+def _apply_to_basis(
+    linear: Callable[..., tuple[list[Tensor], Any]],
+    leaves: Sequence[Tensor],
+    chunk_size: int | None,
+    randomness: str = "error",
+) -> tuple[list[Tensor], Any]:
+    """``linear`` of every basis vector, and what else it returned.
+
+    ``linear`` returns (results, aux) with aux the same for every vector; for each result there is a tensor r[n,*],
+    where n counts all elements of the leaves.
+    """
+    batched = vmap(linear, out_dims=(0, None), randomness=randomness)
+    pieces = [batched(*_basis(leaves, start, stop)) for start, stop in _chunks(leaves, chunk_size)]
+    results, aux = pieces[0]
+    if len(pieces) > 1:
+        results = [torch.cat(rows) for rows in zip(*(piece for piece, _ in pieces), strict=True)]
+    return results, aux
+
+
+def jacrev(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func`` in reverse mode, one backward pass for each output.
+
+    For ``func: x[n] -> y[m]``, the result is ``J[m,n]``; in general its shape is that of the output followed by that
+    of the input. The passes run together under `vmap`.
+
+    Args:
+        func: Returns a pytree of tensors; with ``has_aux`` a pair (output, aux).
+        argnums: Which positional arguments are differentiated; negative ones count from the end. Default 0.
+        has_aux: Whether ``func`` also returns auxiliary output. Default False.
+        chunk_size: At most this many backward passes at once, to bound memory. Default None, all.
+
+    Returns:
+        A function that returns the Jacobian: with the structure of the output, and in place of each of its tensors
+        the structure of the argument (a tuple of them for a tuple of argnums); with ``has_aux`` (Jacobian, aux).
+        For a holomorphic function it is the complex derivative, the same as `jacfwd` gives.
+
+    Raises:
+        TypeError: A selected argument or an output is not a floating-point or complex tensor.
+        ValueError: ``argnums`` or ``chunk_size`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite import jacrev
+        >>> jacrev(lambda x: x**2)(torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    _checks.check_callable("jacrev", func)
+    _checks.check_chunk_size("jacrev", chunk_size)
+
+    def jacobian(*args: Any, **kwargs: Any) -> Any:
+        _, aux, pullback, arguments = value_and_pullback("jacrev", func, argnums, has_aux, args, kwargs)
+
+        def linear(*cotangents: Tensor) -> tuple[list[Tensor], None]:
+            return pullback.pull(cotangents, keep_graph=True), None
+
+        # rows[k]: [number of outputs, *shape of primal k]
+        rows, _ = _apply_to_basis(linear, pullback.outputs, chunk_size)
+        rows = [row.conj() if row.is_complex() else row for row in rows]
+        sizes = [output.numel() for output in pullback.outputs]
+        per_output = zip(*(row.split(sizes) for row in rows), strict=True)
+        blocks = []
+        for output, parts in zip(pullback.outputs, per_output, strict=True):
+            shaped = [
+                part.reshape(output.shape + primal.shape)
+                for part, primal in zip(parts, pullback.primals, strict=True)
+            ]
+            blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
+        result = _tree.unflatten(blocks, pullback.output_spec)
+        return (result, aux) if has_aux else result
+
+    return boundary(jacobian, like=func)
+
+
+def jacfwd(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func`` in forward mode, one pass for each input.
+
+    The result is that of `jacrev`; forward mode is cheaper where there are fewer inputs than outputs.
+
+    Args:
+        func: As for `jacrev`.
+        argnums: As for `jacrev`.
+        has_aux: As for `jacrev`.
+        randomness: What random operators in ``func`` do between the passes, as for `vmap`. Default ``"error"``.
+        chunk_size: At most this many passes at once, to bound memory. Default None, all.
+
+    Returns:
+        As for `jacrev`.
+
+    Raises:
+        TypeError: As for `jacrev`.
+        ValueError: As for `jacrev`.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite import jacfwd
+        >>> jacfwd(lambda x: x**2)(torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    _checks.check_callable("jacfwd", func)
+    _checks.check_chunk_size("jacfwd", chunk_size)
+    _checks.check_randomness(randomness)
+
+    def jacobian(*args: Any, **kwargs: Any) -> Any:
+        arguments = _tree.Arguments("jacfwd", args, argnums)
+        primals, spec = _tree.flatten(arguments.selected)
+        for i, leaf in enumerate(primals):
+            if not _tree.is_differentiable(leaf):
+                _checks.check_differentiable("jacfwd", leaf, arguments.names()[i])
+        seen: dict[str, Any] = {}
+
+        def from_primals(*lifted: Tensor) -> Any:
+            output = func(*arguments.replaced(_tree.unflatten(lifted, spec)), **kwargs)
+            if has_aux:
+                _checks.check_pair("jacfwd", func, output)
+                output, seen["aux"] = output
+            leaves, seen["spec"] = _tree.flatten(output)
+            if not all(isinstance(leaf, Tensor) for leaf in leaves):
+                _checks.check_tensor_outputs("jacfwd", func, leaves, _tree.paths(output))
+            return (leaves, seen["aux"]) if has_aux else leaves
+
+        def linear(*tangents: Tensor) -> Any:
+            outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
+            seen["shapes"] = [output.shape for output in outputs]
+            return derivatives, aux
+
+        columns, aux = _apply_to_basis(linear, primals, chunk_size, randomness)
+        sizes = [primal.numel() for primal in primals]
+        blocks = []
+        for shape, column in zip(seen["shapes"], columns, strict=True):
+            # column: [number of inputs, *shape of the output]
+            shaped = [
+                part.movedim(0, -1).reshape(shape + primal.shape)
+                for part, primal in zip(column.split(sizes), primals, strict=True)
+            ]
+            blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
+        result = _tree.unflatten(blocks, seen["spec"])
+        return (result, aux[0]) if has_aux else result
+
+    return boundary(jacobian, like=func)
+
+
+def hessian(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """Return a function that computes the Hessian of ``func``: forward mode over reverse mode.
+
+    For ``func: x[n] -> y[]`` the result is ``H[n,n]``; in general the shape is that of the output followed twice by
+    that of the input.
+
+    Args:
+        func: As for `jacrev`.
+        argnums: As for `jacrev`. A tuple of k gives k by k blocks, as nested tuples.
+        has_aux: As for `jacrev`.
+        chunk_size: At most this many forward passes at once, to bound memory. Default None, all.
+        randomness: As for `jacfwd`.
+
+    Returns:
+        A function that returns the Hessian; with ``has_aux`` (Hessian, aux).
+
+    Raises:
+        TypeError: As for `jacrev`.
+        ValueError: As for `jacrev`.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite import hessian
+        >>> hessian(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    _checks.check_callable("hessian", func)
+    _checks.check_chunk_size("hessian", chunk_size)
+    gradient = jacrev(func, argnums, has_aux=has_aux)
+    return jacfwd(gradient, argnums, has_aux, randomness=randomness, chunk_size=chunk_size)

@@ -1,0 +1,97 @@
+"""Pytrees: flattening, paths for messages, in_dims prefixes, and the selection of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from functorch_lite import _checks
+
+Spec = pytree.TreeSpec
+LEAF = pytree.tree_flatten(0)[1]
+
+
+def flatten(tree: Any) -> tuple[list[Any], Spec]:
+    """Leaves and structure; a single tensor, the common case, costs nothing."""
+    if isinstance(tree, Tensor):
+        return [tree], LEAF
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
+    """The inverse of `flatten`."""
+    return leaves[0] if spec is LEAF else pytree.tree_unflatten(list(leaves), spec)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply ``function`` to the tensors of a tree; other leaves stay."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    return pytree.tree_map_only(Tensor, function, tree)
+
+
+def paths(tree: Any) -> list[str]:
+    """The path of each leaf as one would write it behind the tree's name: ``['a'][0].b``."""
+    return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any] | None:
+    """Repeat the leaves of ``prefix`` for each leaf of ``tree`` below; None if it is no prefix of ``tree``."""
+    if is_leaf(prefix):
+        return [prefix] * pytree.tree_structure(tree).num_leaves
+    prefix_spec = pytree.tree_structure(prefix, is_leaf=is_leaf)
+    spec = pytree.tree_structure(tree)
+    if spec.is_leaf() or prefix_spec.type != spec.type or prefix_spec.num_children != spec.num_children:
+        return None
+    if prefix_spec.context != spec.context:
+        return None
+    result: list[Any] = []
+    for part, subtree in zip(_children(prefix), _children(tree), strict=True):
+        below = broadcast_prefix(part, subtree, is_leaf)
+        if below is None:
+            return None
+        result.extend(below)
+    return result
+
+
+def _children(tree: Any) -> list[Any]:
+    return list(pytree.SUPPORTED_NODES[pytree._get_node_type(tree)].flatten_fn(tree)[0])
+
+
+class Arguments:
+    """The positional arguments of a call, seen as those that ``argnums`` selects and the rest."""
+
+    def __init__(self, transform: str, args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
+        self.args = args
+        self.argnums = argnums
+        self.positions = _checks.argument_positions(transform, argnums, len(args))
+        self.selected: tuple[Any, ...] = tuple(args[i] for i in self.positions)
+
+    def replaced(self, selected: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments with others in the selected places."""
+        args = list(self.args)
+        for position, value in zip(self.positions, selected, strict=True):
+            args[position] = value
+        return tuple(args)
+
+    def shaped(self, results: Sequence[Any]) -> Any:
+        """One result for an int, a tuple for a tuple of argnums."""
+        return results[0] if isinstance(self.argnums, int) else tuple(results)
+
+    def names(self) -> list[str]:
+        """``argument 0['w']``, for each leaf of the selected arguments."""
+        return [f"argument {i}{path}" for i in self.positions for path in paths(self.args[i])]
+
+
+def is_differentiable(leaf: object) -> bool:
+    """Whether derivatives with respect to this leaf exist."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, dtype and device, on plain memory."""
+    return torch.zeros_like(tensor, memory_format=torch.preserve_format)
