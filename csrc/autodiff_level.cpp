@@ -3,13 +3,16 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/alias.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
 #include <algorithm>
 #include <atomic>
 #include <mutex>
 
+#include "forward_rules.h"
 #include "keys.h"
 #include "op_args.h"
 #include "symbolic_zero.h"
@@ -62,11 +65,11 @@ bool has_tangent(const at::Tensor& tensor) {
 }
 
 AutodiffLevel::~AutodiffLevel() {
-  if (forward()) shared_forward_mode.release();
+  if (is_forward()) shared_forward_mode.release();
 }
 
 bool AutodiffLevel::needs_derivative(const at::Tensor& tensor) const {
-  return forward() ? has_tangent(tensor) : tensor.requires_grad();
+  return is_forward() ? has_tangent(tensor) : tensor.requires_grad();
 }
 
 void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
@@ -93,10 +96,14 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     replace_tensors(arguments, n, strip_closed_levels);
     return run(op, stack);
   }
-  if (forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
+  if (is_forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
 
   const auto modes = AutogradModes::current();
-  any_variable = any_variable && (forward() ? modes.forward_grad : modes.grad);
+  any_variable = any_variable && (is_forward() ? modes.forward_grad : modes.grad);
+  // Code that asked not to be recorded: in inference mode at this level, or (C++ guards) at none.
+  const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
+  const bool autograd_excluded = excluded.has_any(c10::autograd_dispatch_keyset);
+  const bool same_keys = autograd_excluded && !modes.inference;
   const auto aliasing = aliasing_of(op.schema());
   if (aliasing.writes) {
     const auto& schema = op.schema();
@@ -109,12 +116,15 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
         captured |= wrapper == nullptr || wrapper->is_captured;
         if (captured && any_variable) refuse_captured_write(op, *this, target);
       });
-      if (captured) return run_below(op, stack, false);
+      if (captured) return run_below(op, stack, {.same_keys = same_keys});
     }
   }
+  if (autograd_excluded) return run_below(op, stack, {.same_keys = same_keys});
   // Views and writes of constants go through autograd too: it tracks which tensors share memory, so that a
   // derivative written into one later is seen through the others.
-  if (!any_variable && (!aliasing.any || !any_here)) return run_below(op, stack, aliasing.any && !any_here);
+  if (!any_variable && (!aliasing.any || !any_here)) {
+    return run_below(op, stack, {.may_be_captured = aliasing.any && !any_here});
+  }
 
   if (any_foreign) {
     replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
@@ -122,14 +132,17 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
       return foreign ? wrap(tensor, *this) : tensor;
     });
   }
+  if (is_forward()) {
+    if (const auto rule = find_forward_rule(op)) return rule(*this, stack);
+  }
   // Only operators that alias or write have something to do with views and versions; on others the key would lead to
   // a fallthrough, which a redispatch must not name.
   const bool tracks_views = aliasing.any && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
-  op.redispatchBoxed(keys - c10::impl::tls_local_dispatch_key_set().excluded_, &stack);
+  op.redispatchBoxed(keys, &stack);
 }
 
-void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, bool may_be_captured) {
+void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below how) {
   const auto& schema = op.schema();
   const auto n = schema.arguments().size();
   auto* arguments = stack.data() + stack.size() - n;
@@ -139,11 +152,11 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, bool 
     written.push_back(index < 0 ? c10::IValue() : arguments[index]);
   }
   std::vector<at::Tensor> sources;
-  if (may_be_captured) {
+  if (how.may_be_captured) {
     for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(innermost_value(tensor)); });
   }
   {
-    RunBelow below(*this);
+    RunBelow below(*this, how.same_keys);
     if (aliasing_of(schema).writes && op.hasTag(at::Tag::inplace_view)) {
       // squeeze_() and the like change the tensor object, which saved copies of the wrapper share.
       auto* target = wrapper_at(arguments[0].toTensor(), this);
@@ -184,9 +197,19 @@ at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
 
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
   auto result = wrap(primal, *this);
+  auto direction = tangent;
+  if (as_wrapper(primal) != nullptr) {
+    // In-place operators write into tangents, which must then be batched wherever their primals are.
+    RunBelow below(*this);
+    direction = at::add(tangent, at::zeros_like(primal));
+  }
   // Wrapped too, for it may have a tangent of its own one level down.
-  result.unsafeGetTensorImpl()->_set_fw_grad(wrap(tangent, *this), result, kForwardIndex, /*is_inplace_op=*/false);
-  return result;
+  return with_tangent(result, wrap(direction, *this));
+}
+
+at::Tensor AutodiffLevel::with_tangent(at::Tensor constant, const at::Tensor& tangent) {
+  constant.unsafeGetTensorImpl()->_set_fw_grad(tangent, constant, kForwardIndex, /*is_inplace_op=*/false);
+  return constant;
 }
 
 at::Tensor AutodiffLevel::tangent_of(const at::Tensor& dual) {
@@ -206,7 +229,7 @@ namespace {
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   auto* level = dynamic_cast<AutodiffLevel*>(current_level());
   TORCH_INTERNAL_ASSERT(level != nullptr, op.operator_name(), " was recorded outside an autodiff level");
-  level->run_below(op, *stack, false);
+  level->run_below(op, *stack, {});
 }
 
 // Fused attention has no second derivative and no forward mode, its plain form has all.
@@ -275,7 +298,7 @@ void register_below_autograd() {
 
 AutodiffLevel::AutodiffLevel(Mode mode) : Level(/*sets_modes=*/true), mode_(mode) {
   handlers->register_pending();
-  if (forward()) shared_forward_mode.acquire();
+  if (is_forward()) shared_forward_mode.acquire();
 }
 
 }  // namespace functorch_lite

@@ -18,21 +18,26 @@ class AutodiffLevel final : public Level {
   ~AutodiffLevel() override;
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
-  const char* kind() const override { return forward() ? "jvp" : "grad"; }
-  bool forward() const { return mode_ == Mode::kForward; }
+  const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
+  bool is_forward() const override { return mode_ == Mode::kForward; }
 
   // Lifts an input and marks it as a variable of this level.
   at::Tensor lift_variable(const at::Tensor& value);
   // Lifts an input and gives it a tangent.
   at::Tensor lift_dual(const at::Tensor& primal, const at::Tensor& tangent);
+  // A constant of this level, with a tangent that is one too.
+  at::Tensor with_tangent(at::Tensor constant, const at::Tensor& tangent);
   // The tangent of a result, or an undefined tensor.
   at::Tensor tangent_of(const at::Tensor& dual);
   // The value of a result; lower wrappers and plain tensors are their own value.
   at::Tensor value_of(const at::Tensor& tensor);
 
-  // Runs the call on values and wraps the results. `may_be_captured`: a result may share memory with an argument
-  // from outside the level.
-  void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool may_be_captured);
+  struct Below {
+    bool may_be_captured = false;  // a result may share memory with an argument from outside the level
+    bool same_keys = false;        // see RunBelow
+  };
+  // Runs the call on values and wraps the results.
+  void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, Below how);
 
  private:
   bool needs_derivative(const at::Tensor& tensor) const;

@@ -310,12 +310,6 @@ at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer)
   return at::reshape_symint(x, sizes);
 }
 
-c10::OperatorHandle find_operator(const std::string& name) {
-  const auto dot = name.find('.');
-  const auto overload = dot == std::string::npos ? std::string() : name.substr(dot + 1);
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + name.substr(0, dot)).c_str(), overload.c_str());
-}
-
 Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,
                     const std::vector<std::pair<std::string_view, c10::IValue>>& overrides) {
   Stack arguments;

@@ -45,8 +45,6 @@ int64_t shift_dim(int64_t dim, int64_t rank);
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
 // x[..,n*m,..] -> x[..,n,m,..].
 at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
-// The operator `name` ("sum.dim_IntList") of aten.
-c10::OperatorHandle find_operator(const std::string& name);
 // Arguments for `other`, by name from `overrides`, else from `call`, else the schema's defaults.
 Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,
                     const std::vector<std::pair<std::string_view, c10::IValue>>& overrides);

@@ -88,18 +88,18 @@ void Level::close() {
   detach();
 }
 
-RunBelow::RunBelow(const Level& level)
+RunBelow::RunBelow(const Level& level, bool same_keys)
     : level_(level),
       saved_level_(innermost),
       saved_keys_(c10::impl::tls_local_dispatch_key_set()),
       saved_modes_(AutogradModes::current()) {
   auto keys = saved_keys_;
-  if (level.sets_modes_) {
+  if (level.sets_modes_ && !same_keys) {
     const auto& outer = level.outer_keys_;
     keys.excluded_ = (keys.excluded_ - kRecordingKeys) | (outer.excluded_ & kRecordingKeys);
     keys.included_ = (keys.included_ - kRecordingKeys) | (outer.included_ & kRecordingKeys);
-    level.outer_modes_.make_current();
   }
+  if (level.sets_modes_) level.outer_modes_.make_current();
   set_innermost(level.parent(), keys);
 }
 

@@ -31,6 +31,9 @@ class Level : public c10::intrusive_ptr_target {
   // The transform, as messages and `repr` name it.
   virtual const char* kind() const = 0;
 
+  // Whether the level differentiates in forward mode.
+  virtual bool is_forward() const { return false; }
+
   // Pushes this level on the calling thread's stack; `close` pops it, and any level left open above it.
   void open();
   void close();
@@ -63,7 +66,9 @@ bool is_active(const Level* level);
 // Runs the enclosed code one level below `level`.
 class RunBelow {
  public:
-  explicit RunBelow(const Level& level);
+  // `same_keys`: keep what is excluded from dispatch now. Otherwise autograd's own exclusions, which are for the level
+  // that recorded, are lifted for the one below.
+  explicit RunBelow(const Level& level, bool same_keys = false);
   ~RunBelow();
   RunBelow(const RunBelow&) = delete;
   RunBelow& operator=(const RunBelow&) = delete;

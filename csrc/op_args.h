@@ -9,6 +9,13 @@ namespace functorch_lite {
 
 using Stack = torch::jit::Stack;
 
+// The operator of aten named "sum.dim_IntList".
+inline c10::OperatorHandle find_operator(const std::string& name) {
+  const auto dot = name.find('.');
+  const auto overload = dot == std::string::npos ? std::string() : name.substr(dot + 1);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + name.substr(0, dot)).c_str(), overload.c_str());
+}
+
 inline size_t count_arguments(const c10::OperatorHandle& op) { return op.schema().arguments().size(); }
 
 inline bool holds_tensor_list(const c10::IValue& v) { return v.isTensorList() || v.isOptionalTensorList(); }

@@ -12,17 +12,13 @@ namespace functorch_lite {
 namespace {
 
 struct Operators {
-  c10::OperatorHandle make_zero = find("aten::_efficientzerotensor", "");
-  c10::OperatorHandle primal = find("aten::_fw_primal", "");
-  c10::OperatorHandle same_storage_size = find("aten::_has_same_storage_numel", "");
-  c10::OperatorHandle mul = find("aten::mul", "Tensor");
-  c10::OperatorHandle div = find("aten::div", "Tensor");
-  c10::OperatorHandle add = find("aten::add", "Tensor");
-  c10::OperatorHandle sub = find("aten::sub", "Tensor");
-
-  static c10::OperatorHandle find(const char* name, const char* overload) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
-  }
+  c10::OperatorHandle make_zero = find_operator("_efficientzerotensor");
+  c10::OperatorHandle primal = find_operator("_fw_primal");
+  c10::OperatorHandle same_storage_size = find_operator("_has_same_storage_numel");
+  c10::OperatorHandle mul = find_operator("mul.Tensor");
+  c10::OperatorHandle div = find_operator("div.Tensor");
+  c10::OperatorHandle add = find_operator("add.Tensor");
+  c10::OperatorHandle sub = find_operator("sub.Tensor");
 };
 
 const Operators& operators() {

@@ -26,7 +26,7 @@ Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device d
       level_(std::move(level)),
       bdim_(kNoBatchDim) {
   set_storage_access_should_throw();
-  key_set_ = kAutodiffKeys.add(kFront);
+  key_set_ = kAutodiffKeys.add(kFront).add(kSubclassMark);
   set_version_counter(c10::VariableVersion(0));
   std::vector<c10::SymInt> strides(sizes.size(), 1);
   for (auto i = static_cast<int64_t>(sizes.size()) - 2; i >= 0; --i) {
@@ -37,10 +37,12 @@ Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device d
 
 void Wrapper::copy_keys_from_value() {
   constexpr auto seen_from_outside = c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-  constexpr auto subclass_like = c10::DispatchKeySet({kSubclassMark, c10::DispatchKey::Python});
+  constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
   const auto value_keys = value_.key_set();
   key_set_ = kAutodiffKeys.add(kFront) | (value_keys & seen_from_outside);
-  if (bdim_ != kNoBatchDim || value_keys.has_any(subclass_like)) key_set_ = key_set_.add(kSubclassMark);
+  // Formulas work in place on tensors without the mark. They may only where nobody else differentiates or batches.
+  const bool only_ours = !level_->is_forward() && !value_keys.has_any(wrapper_like) && !value_.requires_grad();
+  if (bdim_ != kNoBatchDim || !only_ours) key_set_ = key_set_.add(kSubclassMark);
 }
 
 void Wrapper::refresh() {

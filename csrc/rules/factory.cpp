@@ -1,4 +1,5 @@
 // Tensors made in the image of a batched one.
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/zeros.h>
 
 #include "rules.h"
@@ -6,25 +7,37 @@
 namespace functorch_lite {
 namespace {
 
-// The strides are those of one example: the batch is laid out around it.
+// Zeros z[B,*] of which each example has the given layout: the examples lie behind each other.
+at::Tensor zeros_with_layout(const c10::TensorOptions& options, const c10::SymInt& batch_size,
+                             std::vector<c10::SymInt> sizes, std::vector<c10::SymInt> strides,
+                             const c10::SymInt& offset) {
+  c10::SymInt extent = offset + 1;
+  for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1).max(0);
+  sizes.insert(sizes.begin(), batch_size);
+  strides.insert(strides.begin(), extent);
+  return at::as_strided_symint(at::zeros_symint({batch_size * extent}, options), sizes, strides, offset);
+}
+
 void new_empty_strided_rule(BatchCall& call) {
-  call.to_front(0);
-  auto sizes = call.arg("size").toSymIntVector();
-  auto strides = call.arg("stride").toSymIntVector();
-  c10::SymInt extent = 1;
-  for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1);
-  sizes.insert(sizes.begin(), call.batch_size());
-  strides.insert(strides.begin(), extent.max(1));
-  call.arg("size") = sizes;
-  call.arg("stride") = strides;
-  call.call();
+  const auto& x = call.to_front(0);
+  auto options = x.options();
+  if (!call.arg("dtype").isNone()) options = options.dtype(call.arg("dtype").toScalarType());
+  if (!call.arg("device").isNone()) options = options.device(call.arg("device").toDevice());
+  call.set_results(zeros_with_layout(options, call.batch_size(), call.arg("size").toSymIntVector(),
+                                     call.arg("stride").toSymIntVector(), 0));
   call.finish();
 }
 
-// Zeros for a tangent: of the size of other[B?,*], for every example.
-void new_zeros_like_other_rule(BatchCall& call) {
-  const auto& other = call.expand_to_front(1);
-  call.set_results(at::zeros_symint(other.sym_sizes(), other.options()));
+// Zeros that can be the tangent of other[B?,*]: of its layout, for every example.
+void tangent_zeros_rule(BatchCall& call) {
+  const auto& other = call.to_front(1);
+  auto sizes = other.sym_sizes().vec();
+  auto strides = other.sym_strides().vec();
+  if (call.is_batched(1)) {
+    sizes.erase(sizes.begin());
+    strides.erase(strides.begin());
+  }
+  call.set_results(zeros_with_layout(other.options(), call.batch_size(), sizes, strides, other.sym_storage_offset()));
   call.finish();
 }
 
@@ -32,8 +45,8 @@ void new_zeros_like_other_rule(BatchCall& call) {
 
 void add_factory_rules(RuleTable& rules) {
   rules.add(front(), {"zeros_like", "ones_like", "full_like", "empty_like"});
-  rules.add(&new_zeros_like_other_rule, {"_new_zeros_with_same_feature_meta"});
   rules.add(&new_empty_strided_rule, {"new_empty_strided"});
+  rules.add(&tangent_zeros_rule, {"_new_zeros_with_same_feature_meta"});
 }
 
 }  // namespace functorch_lite

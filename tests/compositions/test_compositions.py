@@ -1,0 +1,42 @@
+"""Every transform, and every ordered pair and triple, against nested `torch.autograd` and loops.
+
+Triples take a few functions each, another few for each triple; FUNCTORCH_LITE_SWEEP=full takes all of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.support.functions import FUNCTIONS
+from tests.support.transforms import compose, compositions, sample
+
+FULL = os.environ.get("FUNCTORCH_LITE_SWEEP") == "full"
+FUNCTIONS_PER_TRIPLE = 3
+
+
+def _check(names: tuple[str, ...], function: str) -> None:
+    x = sample(names)
+    result = compose(names, FUNCTIONS[function], "ours")(x)
+    expected = compose(names, FUNCTIONS[function], "reference")(x)
+    torch.testing.assert_close(result, expected.detach(), rtol=1e-7, atol=1e-8)
+
+
+def _functions_for(names: tuple[str, ...]) -> list[str]:
+    all_functions = list(FUNCTIONS)
+    if FULL or len(names) < 3:
+        return all_functions
+    start = compositions(3).index(names) * FUNCTIONS_PER_TRIPLE
+    return [all_functions[(start + i) % len(all_functions)] for i in range(FUNCTIONS_PER_TRIPLE)]
+
+
+@pytest.mark.parametrize("names", compositions(1) + compositions(2) + compositions(3), ids="-".join)
+def test_composition(names):
+    for function in _functions_for(names):
+        try:
+            _check(names, function)
+        except Exception as error:
+            error.add_note(f"function: {function}")
+            raise
