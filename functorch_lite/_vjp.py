@@ -50,8 +50,7 @@ class Pullback:
         """Cotangents of the primals, zeros where an output does not depend on one."""
         grads = self._level.backward(self._outputs, list(cotangents), self._inputs, keep_graph)
         return [
-            torch.zeros_like(primal) if grad is None else grad
-            for grad, primal in zip(grads, self.primals, strict=True)
+            torch.zeros_like(primal) if grad is None else grad for grad, primal in zip(grads, self.primals, strict=True)
         ]
 
     def __call__(self, *cotangents: Any) -> Any:
@@ -142,9 +141,7 @@ def _value_and_grad(
     return run
 
 
-def grad(
-    func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
-) -> Callable[..., Any]:
+def grad(func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[..., Any]:
     """Return a function that computes the gradient of ``func``.
 
     Args:
