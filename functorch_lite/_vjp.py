@@ -98,7 +98,9 @@ def vjp(
     return _vjp(func, primals, has_aux, kwargs)
 
 
-def _run_vjp(func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]) -> Any:
+def _run_vjp(
+    func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
+) -> tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], Any]:
     _checks.check_callable("vjp", func)
     if not primals:
         raise ValueError(f"vjp: {_checks.name_of(func)} was given no primals to differentiate.")
