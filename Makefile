@@ -48,7 +48,7 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
 bench: build/ready  ## Measure the cost of an operator call under each transform
 	@$(PY) benchmarks/overhead.py
@@ -63,7 +63,7 @@ build/ready: $(SOURCES) $(if $(filter .venv/%,$(PY)),$(VENV_READY))
 	@echo "Building functorch_lite with $$($(PY) --version): takes a minute or two. The whole log is build/install.log."
 	@$(PY) -c 'import setuptools, wheel, ninja' 2>/dev/null || $(PY) -m pip install setuptools wheel ninja
 	@$(PY) -m pip install -v --no-build-isolation -e '.[test]' 2>&1 | tee build/install.log \
-	  | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]).* ([^ ]+)\.o .*/  \1 \2/p; /^ *(Collecting|Downloading|Successfully)/p' \
+	  | sed -unE 's|^ *(\[[0-9]+/[0-9]+\]).*/(csrc/[^ ]+)\.o .*|  \1 \2|p; /^ *(Collecting|Downloading|Successfully)/p' \
 	  || { grep -E 'error|Error' build/install.log | head -20; tail -5 build/install.log; exit 1; }
 	@echo "$(PY) $$($(call TORCH_OF,$(PY)))" > $@
 

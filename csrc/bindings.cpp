@@ -190,7 +190,9 @@ PYBIND11_MODULE(_C, m) {
       .def("__exit__",
            [](OutsideContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
 
-  m.def("level_depth", &level_depth);
+  m.def("level_depth", &level_depth,
+        "How many transforms the calling code is inside of; 0 outside all of them.\n\n"
+        "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
   m.def("batching_rules", &batching_rules);
