@@ -2,6 +2,7 @@
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -33,6 +34,11 @@ extension = CppExtension(
 
 class Build(BuildExtension):
     """Records which torch the extension was built for: `import functorch_lite` compares."""
+
+    def initialize_options(self):
+        """Keep objects where every kind of build finds them again, apart for each torch and Python."""
+        super().initialize_options()
+        self.build_temp = f"build/torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
 
     def run(self):
         """Build, then leave the record beside the extension."""

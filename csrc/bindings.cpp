@@ -53,8 +53,7 @@ void set_python_side(py::object install_decomposition, py::object warn_loop, py:
                    std::move(escaped_tensor_error)};
   auto& hooks = python_hooks();
   hooks.install_decomposition = [](const c10::OperatorName& name) {
-    return call_python(
-        [&] { return python_side().install_decomposition(name.name, name.overload_name).cast<bool>(); });
+    return call_python([&] { return python_side().install_decomposition(name.name, name.overload_name).cast<bool>(); });
   };
   hooks.warn_loop = [](const c10::OperatorName& name) {
     call_python([&] { python_side().warn_loop(c10::toString(name)); });
@@ -108,9 +107,7 @@ std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level,
                                /*allow_unused=*/true);
 }
 
-at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) {
-  return wrap(value, level, dim);
-}
+at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) { return wrap(value, level, dim); }
 
 // (value, batch dimension) of a result; the dimension is None if the result is the same for all examples.
 std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& level, const at::Tensor& result) {
@@ -144,10 +141,11 @@ std::vector<std::pair<std::string, std::string>> batching_rules() {
 
 void raise_escaped(const Wrapper& wrapper) {
   std::ostringstream message;
-  message << "A tensor of shape " << wrapper.sym_sizes() << " that was made inside vmap is used after that vmap has "
-          << "returned, or in another thread. Inside vmap a tensor stands for one example of a batch; once vmap is done "
-          << "there is no such thing any more. Return the tensor from the function that vmap maps, and use what vmap "
-          << "returns: it has the batch dimension.";
+  message
+      << "A tensor of shape " << wrapper.sym_sizes() << " that was made inside vmap is used after that vmap has "
+      << "returned, or in another thread. Inside vmap a tensor stands for one example of a batch; once vmap is done "
+      << "there is no such thing any more. Return the tensor from the function that vmap maps, and use what vmap "
+      << "returns: it has the batch dimension.";
   throw EscapedTensorError(message.str());
 }
 
@@ -189,11 +187,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<OutsideContext>(m, "Outside")
       .def(py::init<>())
       .def("__enter__", &OutsideContext::enter)
-      .def("__exit__", [](OutsideContext& context, const py::object&, const py::object&, const py::object&) {
-        context.exit();
-      });
+      .def("__exit__",
+           [](OutsideContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
 
-  m.def("level_depth", &level_depth);
+  m.def("level_depth", &level_depth,
+        "How many transforms the calling code is inside of; 0 outside all of them.\n\n"
+        "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
   m.def("batching_rules", &batching_rules);

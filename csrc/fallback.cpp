@@ -28,7 +28,8 @@ Stack slice_arguments(BatchCall& call, int64_t index, bool empty_batch) {
       value = slice(call.tensor(i), call.bdim(i));
     } else if (call.is_list_batched(i)) {
       size_t k = 0;
-      replace_tensors(&value, 1, [&](const at::Tensor& x) { return call.is_element_batched(i, k++) ? slice(x, 0) : x; });
+      replace_tensors(&value, 1,
+                      [&](const at::Tensor& x) { return call.is_element_batched(i, k++) ? slice(x, 0) : x; });
     }
     arguments.push_back(std::move(value));
   }

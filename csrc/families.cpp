@@ -291,9 +291,7 @@ Family forbid(const char* advice) {
           }};
 }
 
-int64_t shift_dim(int64_t dim, int64_t rank) {
-  return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1;
-}
+int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }
 
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {
   auto sizes = x.sym_sizes().vec();

@@ -23,9 +23,8 @@ constexpr auto kAutograd = c10::DispatchKey::AutogradPrivateUse3;
 constexpr auto kSubclassMark = c10::DispatchKey::Batched;
 
 // Where an autodiff level sends an operator: record, track views and versions, then kBelowAutograd.
-inline const c10::DispatchKeySet kAutodiffKeys =
-    c10::DispatchKeySet(kAutograd) | c10::DispatchKeySet(kBelowAutograd) |
-    c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
+inline const c10::DispatchKeySet kAutodiffKeys = c10::DispatchKeySet(kAutograd) | c10::DispatchKeySet(kBelowAutograd) |
+                                                 c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
 
 // What PyTorch's autograd guards exclude while a recorded operator runs.
 inline const c10::DispatchKeySet kRecordingKeys = c10::autograd_dispatch_keyset_with_ADInplaceOrView;

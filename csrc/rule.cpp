@@ -72,9 +72,8 @@ void add_rows(const char* family, const std::vector<const char*>& operators, Mak
 }  // namespace
 
 void RuleTable::add(const Family& family, const std::vector<const char*>& operators) {
-  add_rows(family.name, operators, [&](const c10::OperatorHandle& op) {
-    return std::make_unique<RuleKernel>(family.rule_for(op.schema()));
-  });
+  add_rows(family.name, operators,
+           [&](const c10::OperatorHandle& op) { return std::make_unique<RuleKernel>(family.rule_for(op.schema())); });
 }
 
 void RuleTable::add(void (*rule)(BatchCall&), const std::vector<const char*>& operators) {
@@ -110,9 +109,9 @@ void add_default_rows(RuleTable& rules) {
     if (name.name.back() == '_') {
       twin = dispatcher.findSchema({name.name.substr(0, name.name.size() - 1), name.overload_name});
     }
-    const bool is_pointwise =
-        op->hasTag(at::Tag::pointwise) || (twin.has_value() && twin->hasTag(at::Tag::pointwise));
-    const bool takes_tensor = !op->schema().arguments().empty() && op->schema().arguments()[0].type()->str() != "Tensor[]";
+    const bool is_pointwise = op->hasTag(at::Tag::pointwise) || (twin.has_value() && twin->hasTag(at::Tag::pointwise));
+    const bool takes_tensor =
+        !op->schema().arguments().empty() && op->schema().arguments()[0].type()->str() != "Tensor[]";
     if (is_pointwise && takes_tensor) rules.add_default(family, *op);
   }
 }

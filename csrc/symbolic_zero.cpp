@@ -70,10 +70,10 @@ bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_
   const auto& known = operators();
   if (op == known.make_zero) {
     const auto* arguments = stack.data() + stack.size() - 5;  // size, dtype, layout, device, pin_memory
-    auto zero = make_symbolic_zero(arguments[0].toSymIntVector(),
-                                   arguments[1].isNone() ? c10::typeMetaToScalarType(c10::get_default_dtype())
-                                                         : arguments[1].toScalarType(),
-                                   arguments[3].isNone() ? c10::Device(c10::kCPU) : arguments[3].toDevice(), level);
+    auto zero = make_symbolic_zero(
+        arguments[0].toSymIntVector(),
+        arguments[1].isNone() ? c10::typeMetaToScalarType(c10::get_default_dtype()) : arguments[1].toScalarType(),
+        arguments[3].isNone() ? c10::Device(c10::kCPU) : arguments[3].toDevice(), level);
     torch::jit::drop(stack, 5);
     torch::jit::push(stack, std::move(zero));
     return true;
@@ -104,8 +104,8 @@ bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_
   if (adds) {
     auto factor = arguments[2].toScalar();
     result = sum_with_zero(call, op == known.sub ? -factor : factor);
-  } else if (op == known.mul || (is_zero(call.a, level) && !is_zero(call.b, level) &&
-                                 c10::isFloatingType(call.dtype))) {
+  } else if (op == known.mul ||
+             (is_zero(call.a, level) && !is_zero(call.b, level) && c10::isFloatingType(call.dtype))) {
     result = call.zero();
   }
   if (!result.defined()) return false;

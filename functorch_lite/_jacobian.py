@@ -110,8 +110,7 @@ def jacrev(
         blocks = []
         for output, parts in zip(pullback.outputs, per_output, strict=True):
             shaped = [
-                part.reshape(output.shape + primal.shape)
-                for part, primal in zip(parts, pullback.primals, strict=True)
+                part.reshape(output.shape + primal.shape) for part, primal in zip(parts, pullback.primals, strict=True)
             ]
             blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
         result = _tree.unflatten(blocks, pullback.output_spec)

@@ -90,8 +90,7 @@ def _run_jvp(
             f"strict=False for a tangent of zeros."
         )
     tangents_out = [
-        torch.zeros_like(value) if tangent is None else tangent
-        for value, tangent in zip(values, results, strict=True)
+        torch.zeros_like(value) if tangent is None else tangent for value, tangent in zip(values, results, strict=True)
     ]
     result = _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec)
     return (*result, aux) if has_aux else result

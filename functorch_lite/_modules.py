@@ -95,9 +95,8 @@ def _check_names(module: nn.Module, given: dict[str, Tensor], swaps: dict[str, T
     unknown = sorted(given.keys() - known)
     unknown = [name for name in unknown if _slot(module, name) is None]
     if unknown:
-        raise ValueError(
-            f"functional_call: {type(module).__name__} has no parameter or buffer named {', '.join(map(repr, unknown))}."
-        )
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"functional_call: {type(module).__name__} has no parameter or buffer named {names}.")
     missing = sorted(known - swaps.keys())
     if strict and missing:
         raise ValueError(f"functional_call: strict=True, and {', '.join(map(repr, missing))} are not given.")
@@ -123,7 +122,8 @@ def _swapped(module: nn.Module, swaps: dict[str, Tensor]) -> Iterator[Any]:
 
     def current(name: str) -> Tensor:
         tensors, key = slots[name]
-        return tensors[key]
+        tensor: Tensor = tensors[key]
+        return tensor
 
     try:
         for name, (tensors, key) in slots.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from functorch_lite import _C
 
-_plain_str = torch._tensor_str._str
-_plain_format = Tensor.__format__
+_plain_str: Callable[..., str] = torch._tensor_str._str
+_plain_format: Callable[[Tensor, str], str] = Tensor.__format__
 
 
 def describe(tensor: Tensor) -> str | None:
@@ -44,5 +45,5 @@ def _format(tensor: Tensor, spec: str) -> str:
 
 def install() -> None:
     """Make PyTorch's printing know wrappers. Plain tensors print as before."""
-    torch._tensor_str._str = _str
+    torch._tensor_str._str = _str  # type: ignore[assignment]
     Tensor.__format__ = _format  # type: ignore[method-assign]

@@ -50,8 +50,7 @@ class Pullback:
         """Cotangents of the primals, zeros where an output does not depend on one."""
         grads = self._level.backward(self._outputs, list(cotangents), self._inputs, keep_graph)
         return [
-            torch.zeros_like(primal) if grad is None else grad
-            for grad, primal in zip(grads, self.primals, strict=True)
+            torch.zeros_like(primal) if grad is None else grad for grad, primal in zip(grads, self.primals, strict=True)
         ]
 
     def __call__(self, *cotangents: Any) -> Any:
@@ -99,7 +98,9 @@ def vjp(
     return _vjp(func, primals, has_aux, kwargs)
 
 
-def _run_vjp(func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]) -> Any:
+def _run_vjp(
+    func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
+) -> tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], Any]:
     _checks.check_callable("vjp", func)
     if not primals:
         raise ValueError(f"vjp: {_checks.name_of(func)} was given no primals to differentiate.")
@@ -142,9 +143,7 @@ def _value_and_grad(
     return run
 
 
-def grad(
-    func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
-) -> Callable[..., Any]:
+def grad(func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[..., Any]:
     """Return a function that computes the gradient of ``func``.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,10 +95,14 @@ def _map(
         flat_dims = _flat_out_dims(func, out_dims, output)
         results = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in out_leaves]
     placed = [
-        _place(func, value, bdim, out_dim, batch_size, lambda i=i: _tree.paths(output)[i])
+        _place(func, value, bdim, out_dim, batch_size, partial(_path_of_leaf, output, i))
         for i, ((value, bdim), out_dim) in enumerate(zip(results, flat_dims, strict=True))
     ]
     return _tree.unflatten(placed, out_spec)
+
+
+def _path_of_leaf(output: Any, index: int) -> str:
+    return _tree.paths(output)[index]
 
 
 def _flatten_inputs(

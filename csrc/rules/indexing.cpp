@@ -25,9 +25,9 @@ struct IndexCall {
   BatchCall& call;
   std::vector<at::Tensor> indices;  // the given ones: i[B?,I]
   std::vector<bool> batched;
-  std::vector<int64_t> indexed;     // their logical dimensions in x
-  std::vector<int64_t> kept;        // the other logical dimensions of x
-  std::vector<c10::SymInt> shape;   // I, what the indices broadcast to
+  std::vector<int64_t> indexed;    // their logical dimensions in x
+  std::vector<int64_t> kept;       // the other logical dimensions of x
+  std::vector<c10::SymInt> shape;  // I, what the indices broadcast to
   bool any_batched = false;
 
   explicit IndexCall(BatchCall& c) : call(c) {
@@ -102,7 +102,8 @@ struct IndexCall {
 bool any_mask_batched(BatchCall& call) {
   const auto given = call.arg(1).toOptionalTensorVector();
   for (size_t k = 0; k < given.size(); ++k) {
-    if (call.is_element_batched(1, k) && (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte))
+    if (call.is_element_batched(1, k) &&
+        (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte))
       return true;
   }
   return false;
@@ -270,19 +271,10 @@ struct ScatterView {
 void add_indexing_rules(RuleTable& rules) {
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
   rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
-  rules.add(expanded_along({"dim"}), {"gather",
-                                      "scatter.src",
-                                      "scatter_.src",
-                                      "scatter.value",
-                                      "scatter_.value",
-                                      "scatter.reduce",
-                                      "scatter_.reduce",
-                                      "scatter.value_reduce",
-                                      "scatter_.value_reduce",
-                                      "scatter_add",
-                                      "scatter_add_",
-                                      "scatter_reduce.two",
-                                      "scatter_reduce_.two"});
+  rules.add(expanded_along({"dim"}),
+            {"gather", "scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
+             "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
+             "scatter_reduce.two", "scatter_reduce_.two"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});
   rules.add(&index_copy_rule, {"index_copy", "index_copy_"});

@@ -138,9 +138,8 @@ void native_dropout_rule(BatchCall& call) {
 }  // namespace
 
 void add_random_rules(RuleTable& rules) {
-  const Family random_factory{"random", [](const c10::FunctionSchema& schema) -> Rule {
-                                return RandomFactory{position_of(schema, "size")};
-                              }};
+  const Family random_factory{
+      "random", [](const c10::FunctionSchema& schema) -> Rule { return RandomFactory{position_of(schema, "size")}; }};
   rules.add(random_factory, {"rand", "rand.generator", "randn", "randn.generator", "randint", "randint.generator",
                              "randint.low", "randint.low_generator", "normal.float_float"});
   rules.add(&randperm_rule, {"randperm", "randperm.generator"});

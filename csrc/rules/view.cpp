@@ -126,31 +126,11 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&in_place_view, {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_"});
   rules.add(&cat_rule, {"cat"});
   rules.add(&stack_rule, {"stack"});
-  rules.add(front(), {"alias",
-                      "detach",
-                      "detach_",
-                      "lift",
-                      "lift_fresh",
-                      "lift_fresh_copy",
-                      "tril",
-                      "triu",
-                      "tril_",
-                      "triu_",
-                      "view_as_real",
-                      "view_as_complex",
-                      "view.dtype",
-                      "contiguous",
-                      "requires_grad_",
-                      "_reshape_copy"});
-  rules.add(along({"dim"}), {"select.int",
-                             "slice.Tensor",
-                             "split.Tensor",
-                             "split_with_sizes",
-                             "unsafe_split.Tensor",
-                             "unsafe_split_with_sizes",
-                             "unbind.int",
-                             "squeeze.dim",
-                             "squeeze.dims"});
+  rules.add(front(),
+            {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_", "triu_",
+             "view_as_real", "view_as_complex", "view.dtype", "contiguous", "requires_grad_", "_reshape_copy"});
+  rules.add(along({"dim"}), {"select.int", "slice.Tensor", "split.Tensor", "split_with_sizes", "unsafe_split.Tensor",
+                             "unsafe_split_with_sizes", "unbind.int", "squeeze.dim", "squeeze.dims"});
   rules.add(along({"dimension"}), {"unfold"});
   rules.add(along({"dims"}), {"flip"});
   rules.add(along({"dim0", "dim1"}), {"transpose.int"});
