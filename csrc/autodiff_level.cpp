@@ -227,9 +227,10 @@ namespace {
 
 // Where PyTorch's autograd kernels arrive once they have recorded the call at the innermost level.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  auto* level = dynamic_cast<AutodiffLevel*>(current_level());
-  TORCH_INTERNAL_ASSERT(level != nullptr, op.operator_name(), " was recorded outside an autodiff level");
-  level->run_below(op, *stack, {});
+  auto* level = current_level();
+  TORCH_INTERNAL_ASSERT(level != nullptr && typeid(*level) == typeid(AutodiffLevel), op.operator_name(),
+                        " was recorded outside an autodiff level");
+  static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
 }
 
 // Fused attention has no second derivative and no forward mode, its plain form has all.

@@ -133,6 +133,9 @@ void BatchCall::finish(int64_t bdim) {
       for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
         if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
       });
+    } else if (bdim != kNoBatchDim && result(i).isTensor()) {
+      auto& tensor = result(i).toTensor();
+      if (tensor.defined()) tensor = wrap(std::move(tensor), level_, bdim);
     } else if (bdim != kNoBatchDim) {
       replace_tensors(&result(i), 1, [&](const at::Tensor& tensor) { return wrap(tensor, level_, bdim); });
     }

@@ -124,7 +124,8 @@ void layer_norm_backward(AutodiffLevel&, Stack& stack) {
   Tensor grad_input;
   Tensor grad_weight;
   Tensor grad_bias;
-  if (mask[0]) grad_input = normalize_backward(weight.defined() ? g * weight : g, normalized, rstd, dims).to(input.scalar_type());
+  if (mask[0])
+    grad_input = normalize_backward(weight.defined() ? g * weight : g, normalized, rstd, dims).to(input.scalar_type());
   if (mask[1] && weight.defined()) grad_weight = over_examples(g * normalized).to(weight.scalar_type());
   if (mask[2] && bias.defined()) grad_bias = over_examples(g).to(bias.scalar_type());
   torch::jit::push(stack, grad_input, grad_weight, grad_bias);
@@ -147,9 +148,10 @@ void group_norm(AutodiffLevel&, Stack& stack) {
   const auto examples = arguments.next().toSymInt();
   for (int skipped = 0; skipped < 2; ++skipped) arguments.next();  // C and HxW follow from the input
   const auto groups = c10::SymInt(arguments.next().toInt());
-  const auto n =
-      normalize(for_statistics(input).reshape_symint({examples, groups, c10::SymInt(-1)}), {-1}, arguments.next().toDouble());
-  const auto y = scale_and_shift(n.value.reshape_symint(input.sym_sizes()), per_channel(weight, input), per_channel(bias, input));
+  const auto n = normalize(for_statistics(input).reshape_symint({examples, groups, c10::SymInt(-1)}), {-1},
+                           arguments.next().toDouble());
+  const auto y =
+      scale_and_shift(n.value.reshape_symint(input.sym_sizes()), per_channel(weight, input), per_channel(bias, input));
   torch::jit::push(stack, y.to(input.scalar_type()), n.mean.squeeze(-1), n.rstd.squeeze(-1));
 }
 
@@ -191,15 +193,15 @@ struct BatchNorm {
 
 void native_batch_norm(AutodiffLevel&, Stack& stack) {
   Arguments a(stack, 8);
-  BatchNorm{a.tensor(),          a.optional_tensor(), a.optional_tensor(),  a.optional_tensor(),
+  BatchNorm{a.tensor(),          a.optional_tensor(), a.optional_tensor(), a.optional_tensor(),
             a.optional_tensor(), a.next().toBool(),   a.next().toDouble(), a.next().toDouble()}
       .run(stack);
 }
 
 void batch_norm_without_statistics(AutodiffLevel&, Stack& stack) {
   Arguments a(stack, 6);
-  BatchNorm{a.tensor(), a.optional_tensor(), a.optional_tensor(), Tensor(), Tensor(), a.next().toBool(),
-            a.next().toDouble(), a.next().toDouble()}
+  BatchNorm{a.tensor(), a.optional_tensor(), a.optional_tensor(), Tensor(),
+            Tensor(),   a.next().toBool(),   a.next().toDouble(), a.next().toDouble()}
       .run(stack);
 }
 
@@ -226,7 +228,8 @@ void batch_norm_backward(AutodiffLevel&, Stack& stack) {
   Tensor grad_bias;
   if (mask[0]) {
     const auto scaled = weight.defined() ? g * per_channel(weight, x) : g;
-    grad_input = (training ? normalize_backward(scaled, normalized, rstd, dims) : scaled * rstd).to(input.scalar_type());
+    grad_input =
+        (training ? normalize_backward(scaled, normalized, rstd, dims) : scaled * rstd).to(input.scalar_type());
   }
   if (mask[1]) grad_weight = (g * normalized).sum(dims);
   if (mask[2]) grad_bias = g.sum(dims);
@@ -259,9 +262,7 @@ void solve(AutodiffLevel& level, Stack& stack) {
 }
 
 // trace(A^-1 dA), the derivative of log det A
-Tensor trace_of_solution(const Dual& a) {
-  return at::linalg_solve(a.primal, a.tangent).diagonal(0, -2, -1).sum(-1);
-}
+Tensor trace_of_solution(const Dual& a) { return at::linalg_solve(a.primal, a.tangent).diagonal(0, -2, -1).sum(-1); }
 
 void det(AutodiffLevel& level, Stack& stack) {
   Arguments arguments(stack, 1);

@@ -1,4 +1,6 @@
-// The door: one operator call goes to the innermost level.
+// The door. See front.h first.
+#include "front.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -20,6 +22,8 @@ bool autocast_first(const c10::OperatorHandle& op, Stack& stack) {
   return true;
 }
 
+}  // namespace
+
 void front(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   auto* level = current_level();
   if (level == nullptr) {
@@ -31,6 +35,8 @@ void front(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   }
   if (!autocast_first(op, *stack)) level->run(op, *stack);
 }
+
+namespace {
 
 TORCH_LIBRARY_IMPL(_, DeferredInit, m) {
   static_assert(kFront == c10::DispatchKey::DeferredInit);

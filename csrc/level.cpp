@@ -92,7 +92,7 @@ RunBelow::RunBelow(const Level& level, bool same_keys)
     : level_(level),
       saved_level_(innermost),
       saved_keys_(c10::impl::tls_local_dispatch_key_set()),
-      saved_modes_(AutogradModes::current()) {
+      saved_modes_(level.sets_modes_ ? AutogradModes::current() : AutogradModes{}) {
   auto keys = saved_keys_;
   if (level.sets_modes_ && !same_keys) {
     const auto& outer = level.outer_keys_;

@@ -11,9 +11,9 @@
 namespace functorch_lite {
 
 VmapLevel& current_vmap_level() {
-  auto* level = dynamic_cast<VmapLevel*>(current_level());
-  TORCH_INTERNAL_ASSERT(level != nullptr, "a batching rule ran outside vmap");
-  return *level;
+  auto* level = current_level();
+  TORCH_INTERNAL_ASSERT(level != nullptr && typeid(*level) == typeid(VmapLevel), "a batching rule ran outside vmap");
+  return static_cast<VmapLevel&>(*level);
 }
 
 void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
@@ -24,8 +24,11 @@ void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
     const auto* wrapper = as_wrapper(tensor);
     if (wrapper == nullptr) return;
-    any_batched |= wrapper->level() == this;
-    any_closed |= !is_active(wrapper->level());
+    if (wrapper->level() == this) {
+      any_batched = true;
+    } else {
+      any_closed |= !is_active(wrapper->level());
+    }
   });
   if (C10_UNLIKELY(any_closed)) {
     replace_tensors(arguments, n, strip_closed_levels);

@@ -57,17 +57,16 @@ void Wrapper::refresh() {
     set_sizes_and_strides(sizes, strides, impl->sym_storage_offset());
     return;
   }
-  const auto sizes = impl->sizes();
-  const auto strides = impl->strides();
   if (bdim_ == kNoBatchDim) {
-    set_sizes_and_strides(sizes, strides, impl->storage_offset());
+    set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
     return;
   }
-  c10::SmallVector<int64_t, 8> logical_sizes(sizes.begin(), sizes.end());
-  c10::SmallVector<int64_t, 8> logical_strides(strides.begin(), strides.end());
-  logical_sizes.erase(logical_sizes.begin() + bdim_);
-  logical_strides.erase(logical_strides.begin() + bdim_);
-  set_sizes_and_strides(logical_sizes, logical_strides, impl->storage_offset());
+  const auto without_batch = [this](at::IntArrayRef all) {
+    c10::SmallVector<int64_t, 6> kept(all.begin(), all.begin() + bdim_);
+    kept.append(all.begin() + bdim_ + 1, all.end());
+    return kept;
+  };
+  set_sizes_and_strides(without_batch(impl->sizes()), without_batch(impl->strides()), impl->storage_offset());
 }
 
 const at::Tensor& Wrapper::value() const {

@@ -17,6 +17,10 @@ from functorch_lite._vmap import vmap
 
 def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     """Rows ``start`` to ``stop`` of the standard basis of the space of all leaves, split and shaped like them."""
+    if len(leaves) == 1:
+        leaf = leaves[0]
+        rows = torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device)[start:stop]
+        return [rows.view(stop - start, *leaf.shape)]
     offset = 0
     parts = []
     for leaf in leaves:
@@ -59,6 +63,22 @@ def _apply_to_basis(
     return results, aux
 
 
+def _parts(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return (rows,) if len(sizes) == 1 else rows.split(sizes)
+
+
+def _check_holomorphic(transform: str, primals: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """A real output of a complex input has no complex derivative."""
+    for primal in primals:
+        for output in outputs:
+            if primal.is_complex() and not output.is_complex():
+                raise ValueError(
+                    f"{transform}: a real output ({output.dtype}) of a complex input ({primal.dtype}) has no complex "
+                    f"derivative. Use grad or vjp, whose convention covers this case, or differentiate with respect "
+                    f"to the real and imaginary parts."
+                )
+
+
 def jacrev(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
@@ -84,7 +104,10 @@ def jacrev(
 
     Raises:
         TypeError: A selected argument or an output is not a floating-point or complex tensor.
-        ValueError: ``argnums`` or ``chunk_size`` is out of range.
+        ValueError: ``argnums`` or ``chunk_size`` is out of range, or a real output depends on a complex input.
+
+    Note:
+        A complex function of complex inputs is taken to be holomorphic; of a real input it may be any.
 
     Example:
         >>> import torch
@@ -99,19 +122,31 @@ def jacrev(
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         _, aux, pullback, arguments = value_and_pullback("jacrev", func, argnums, has_aux, args, kwargs)
 
-        def linear(*cotangents: Tensor) -> tuple[list[Tensor], None]:
-            return pullback.pull(cotangents, keep_graph=True), None
+        _check_holomorphic("jacrev", pullback.primals, pullback.outputs)
+        sizes = [output.numel() for output in pullback.outputs]
 
         # rows[k]: [number of outputs, *shape of primal k]
-        rows, _ = _apply_to_basis(linear, pullback.outputs, chunk_size)
-        rows = [row.conj() if row.is_complex() else row for row in rows]
-        sizes = [output.numel() for output in pullback.outputs]
-        per_output = zip(*(row.split(sizes) for row in rows), strict=True)
+        def rows_for(unit: complex) -> list[tuple[Tensor, ...]]:
+            def linear(*cotangents: Tensor) -> tuple[list[Tensor], None]:
+                if unit != 1:
+                    cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
+                return pullback.pull(cotangents, keep_graph=True), None
+
+            return [_parts(row, sizes) for row in _apply_to_basis(linear, pullback.outputs, chunk_size)[0]]
+
+        rows = rows_for(1)
+        mixed = any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
+        imaginary_rows = rows_for(1j) if mixed else rows
         blocks = []
-        for output, parts in zip(pullback.outputs, per_output, strict=True):
-            shaped = [
-                part.reshape(output.shape + primal.shape) for part, primal in zip(parts, pullback.primals, strict=True)
-            ]
+        for i, output in enumerate(pullback.outputs):
+            shaped = []
+            for primal, parts, imaginary_parts in zip(pullback.primals, rows, imaginary_rows, strict=True):
+                block = parts[i]
+                if primal.is_complex():
+                    block = block.conj()
+                elif output.is_complex():
+                    block = torch.complex(block, imaginary_parts[i])
+                shaped.append(block.reshape(output.shape + primal.shape))
             blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
         result = _tree.unflatten(blocks, pullback.output_spec)
         return (result, aux) if has_aux else result
@@ -176,6 +211,7 @@ def jacfwd(
 
         def linear(*tangents: Tensor) -> Any:
             outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
+            _check_holomorphic("jacfwd", primals, outputs)
             seen["shapes"] = [output.shape for output in outputs]
             return derivatives, aux
 
@@ -186,7 +222,7 @@ def jacfwd(
             # column: [number of inputs, *shape of the output]
             shaped = [
                 part.movedim(0, -1).reshape(shape + primal.shape)
-                for part, primal in zip(column.split(sizes), primals, strict=True)
+                for part, primal in zip(_parts(column, sizes), primals, strict=True)
             ]
             blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
         result = _tree.unflatten(blocks, seen["spec"])
