@@ -7,6 +7,7 @@
 #include <ATen/core/boxing/impl/boxing.h>
 #include <ATen/ops/abs_ops.h>
 #include <ATen/ops/add_ops.h>
+#include <ATen/ops/conj_ops.h>
 #include <ATen/ops/cos_ops.h>
 #include <ATen/ops/div_ops.h>
 #include <ATen/ops/exp_ops.h>
@@ -120,6 +121,11 @@ Tensor binary(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const 
   return boxed_way<Op>(keys, x, y, rest...);
 }
 
+// Derivative formulas conjugate everything, and nearly everything is real.
+Tensor conj(c10::DispatchKeySet keys, const Tensor& x) {
+  return x.is_complex() ? boxed_way<at::_ops::conj>(keys, x) : x;
+}
+
 template <class... Ops>
 void add_unary(torch::Library& m) {
   (m.impl(Ops::name, torch::CppFunction::makeFromUnboxedFunction(&unary<Ops>)), ...);
@@ -135,6 +141,7 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   namespace ops = at::_ops;
   add_unary<ops::abs, ops::cos, ops::exp, ops::log, ops::neg, ops::reciprocal, ops::relu, ops::rsqrt, ops::sigmoid,
             ops::sin, ops::sqrt, ops::tanh>(m);
+  m.impl("conj", torch::CppFunction::makeFromUnboxedFunction(&conj));
   add_binary<ops::add_Tensor, at::Scalar>(m);
   add_binary<ops::sub_Tensor, at::Scalar>(m);
   add_binary<ops::mul_Tensor>(m);

@@ -19,8 +19,11 @@ def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     """Rows ``start`` to ``stop`` of the standard basis of the space of all leaves, split and shaped like them."""
     if len(leaves) == 1:
         leaf = leaves[0]
-        rows = torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device)[start:stop]
-        return [rows.view(stop - start, *leaf.shape)]
+        n = leaf.numel()
+        rows = torch.eye(n, dtype=leaf.dtype, device=leaf.device)
+        if stop - start < n:
+            rows = rows[start:stop]
+        return [rows if leaf.dim() == 1 else rows.view(stop - start, *leaf.shape)]
     offset = 0
     parts = []
     for leaf in leaves:
@@ -45,22 +48,22 @@ def _chunks(leaves: Sequence[Tensor], chunk_size: int | None) -> Iterator[tuple[
 
 
 def _apply_to_basis(
-    linear: Callable[..., tuple[list[Tensor], Any]],
+    linear: Callable[..., Any],
     leaves: Sequence[Tensor],
     chunk_size: int | None,
+    *,
+    has_aux: bool = False,
     randomness: str = "error",
 ) -> tuple[list[Tensor], Any]:
-    """``linear`` of every basis vector, and what else it returned.
+    """``linear`` of every basis vector: for each of its results a tensor r[n,*], n counting all elements of the leaves.
 
-    ``linear`` returns (results, aux) with aux the same for every vector; for each result there is a tensor r[n,*],
-    where n counts all elements of the leaves.
+    With ``has_aux``, ``linear`` returns (results, aux), and aux must be the same for every vector.
     """
-    batched = vmap(linear, out_dims=(0, None), randomness=randomness)
+    batched = vmap(linear, out_dims=(0, None) if has_aux else 0, randomness=randomness)
     pieces = [batched(*_basis(leaves, start, stop)) for start, stop in _chunks(leaves, chunk_size)]
-    results, aux = pieces[0]
-    if len(pieces) > 1:
-        results = [torch.cat(rows) for rows in zip(*(piece for piece, _ in pieces), strict=True)]
-    return results, aux
+    aux = pieces[0][1] if has_aux else None
+    rows = [piece[0] for piece in pieces] if has_aux else pieces
+    return rows[0] if len(rows) == 1 else [torch.cat(parts) for parts in zip(*rows, strict=True)], aux
 
 
 def _parts(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -127,10 +130,10 @@ def jacrev(
 
         # rows[k]: [number of outputs, *shape of primal k]
         def rows_for(unit: complex) -> list[tuple[Tensor, ...]]:
-            def linear(*cotangents: Tensor) -> tuple[list[Tensor], None]:
+            def linear(*cotangents: Tensor) -> list[Tensor]:
                 if unit != 1:
                     cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
-                return pullback.pull(cotangents, keep_graph=True), None
+                return pullback.pull(cotangents, keep_graph=True)
 
             return [_parts(row, sizes) for row in _apply_to_basis(linear, pullback.outputs, chunk_size)[0]]
 
@@ -146,7 +149,8 @@ def jacrev(
                     block = block.conj()
                 elif output.is_complex():
                     block = torch.complex(block, imaginary_parts[i])
-                shaped.append(block.reshape(output.shape + primal.shape))
+                shape = output.shape + primal.shape
+                shaped.append(block if block.shape == shape else block.reshape(shape))
             blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
         result = _tree.unflatten(blocks, pullback.output_spec)
         return (result, aux) if has_aux else result
@@ -213,9 +217,9 @@ def jacfwd(
             outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
             _check_holomorphic("jacfwd", primals, outputs)
             seen["shapes"] = [output.shape for output in outputs]
-            return derivatives, aux
+            return (derivatives, aux[0]) if has_aux else derivatives
 
-        columns, aux = _apply_to_basis(linear, primals, chunk_size, randomness)
+        columns, aux = _apply_to_basis(linear, primals, chunk_size, has_aux=has_aux, randomness=randomness)
         sizes = [primal.numel() for primal in primals]
         blocks = []
         for shape, column in zip(seen["shapes"], columns, strict=True):
@@ -226,7 +230,7 @@ def jacfwd(
             ]
             blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
         result = _tree.unflatten(blocks, seen["spec"])
-        return (result, aux[0]) if has_aux else result
+        return (result, aux) if has_aux else result
 
     return boundary(jacobian, like=func)
 

@@ -15,16 +15,31 @@ Spec = pytree.TreeSpec
 LEAF = pytree.tree_flatten(0)[1]
 
 
+# The structure of a tuple or list of n tensors, the common cases, made once.
+_FLAT_SPECS: dict[tuple[type, int], Spec] = {}
+
+
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
-    """Leaves and structure; a single tensor, the common case, costs nothing."""
+    """Leaves and structure. A tensor, or a tuple or list of tensors, does not go through the general machinery."""
     if isinstance(tree, Tensor):
         return [tree], LEAF
+    kind = type(tree)
+    if (kind is tuple or kind is list) and all(isinstance(leaf, Tensor) for leaf in tree):
+        spec = _FLAT_SPECS.get((kind, len(tree)))
+        if spec is None:
+            spec = _FLAT_SPECS[kind, len(tree)] = pytree.tree_structure(tree)
+        return list(tree), spec
     return pytree.tree_flatten(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
     """The inverse of `flatten`."""
-    return leaves[0] if spec is LEAF else pytree.tree_unflatten(list(leaves), spec)
+    if spec is LEAF:
+        return leaves[0]
+    kind = spec.type
+    if (kind is tuple or kind is list) and _FLAT_SPECS.get((kind, len(leaves))) is spec:
+        return kind(leaves)
+    return pytree.tree_unflatten(list(leaves), spec)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -92,7 +92,7 @@ def _map(
         lifted = [leaf if dim is None else level.lift(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
         output = func(*_tree.unflatten(lifted, spec), **kwargs)
         out_leaves, out_spec = _tree.flatten(output)
-        flat_dims = _flat_out_dims(func, out_dims, output)
+        flat_dims = [out_dims] * len(out_leaves) if _is_dim(out_dims) else _flat_out_dims(func, out_dims, output)
         results = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in out_leaves]
     placed = [
         _place(func, value, bdim, out_dim, batch_size, partial(_path_of_leaf, output, i))
@@ -177,8 +177,6 @@ def _refuse_in_dim(name: str, args: tuple[Any, ...], index: int, leaf: Any, dim:
 
 
 def _flat_out_dims(func: Callable[..., Any], out_dims: Any, output: Any) -> list[int | None]:
-    if isinstance(out_dims, int) and isinstance(output, Tensor):
-        return [out_dims]
     flat = _tree.broadcast_prefix(out_dims, output, _is_dim)
     # A tuple stands for a list and the other way round, as it does for in_dims.
     if flat is None and isinstance(out_dims, (tuple, list)) and isinstance(output, (tuple, list)):
