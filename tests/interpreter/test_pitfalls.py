@@ -180,15 +180,15 @@ def test_autocast_inside_and_outside(x):
     torch.testing.assert_close(per_sample, torch.stack([reference(single)] * 2), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("keep_input", ["eager", "reentrant"])
-def test_checkpoint_recomputes_and_records(keep_input, x):
+def test_checkpoint_recomputes_and_records(x):
     f = lambda x: (x.sin() * x).exp().sum()
-    checkpointed = lambda x: checkpoint(f, x, use_reentrant=keep_input == "reentrant")
+    checkpointed = lambda x: checkpoint(f, x, use_reentrant=False)
     torch.testing.assert_close(grad(checkpointed)(x), grad(f)(x))
-    if keep_input == "eager":
-        _, vjp_fn = vjp(checkpointed, x)
-        torch.testing.assert_close(vjp_fn(torch.tensor(2.0, dtype=DOUBLE))[0], 2 * grad(f)(x))
-        torch.testing.assert_close(vmap(grad(checkpointed))(x.expand(2, 3)), vmap(grad(f))(x.expand(2, 3)))
+    _, vjp_fn = vjp(checkpointed, x)
+    torch.testing.assert_close(vjp_fn(torch.tensor(2.0, dtype=DOUBLE))[0], 2 * grad(f)(x))
+    torch.testing.assert_close(vmap(grad(checkpointed))(x.expand(2, 3)), vmap(grad(f))(x.expand(2, 3)))
+    with_transform = lambda x: checkpoint(lambda x: vmap(torch.sin)(x).mul(x).exp().sum(), x, use_reentrant=False)
+    torch.testing.assert_close(grad(with_transform)(x), grad(f)(x))
     assert level_depth() == 0
 
 
@@ -338,12 +338,12 @@ def test_metadata_changes_in_place_are_followed(x):
     def f(x):
         y = x * 2
         y.unsqueeze_(0)
-        z = y.sin()
         y.transpose_(0, 1)
         assert y.shape == (3, 1)
-        return (z.sum(0) * y.squeeze_(1)).sum()
+        z = y.sin() * y
+        return z.squeeze_(1).sum()
 
-    expected = lambda x: ((2 * x).sin() * 2 * x).sum()
+    expected = lambda x: ((2 * x).sin() * 2 * x).sum()  # noqa: E731
     torch.testing.assert_close(grad(f)(x), grad(expected)(x))
     torch.testing.assert_close(vmap(f)(x.expand(2, 3)), vmap(expected)(x.expand(2, 3)))
     torch.testing.assert_close(jacfwd(f)(x), grad(expected)(x))
@@ -365,7 +365,8 @@ def test_versions_catch_a_write_after_a_save(x):
 def test_custom_operator_sees_values_not_wrappers(x):
     @torch.library.custom_op("functorch_lite_test::double", mutates_args=())
     def double(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(x.numpy() * 2)
+        assert not fl._C.is_wrapper(x)
+        return x.clone().mul_(2)
 
     double.register_autograd(lambda ctx, g: g * 2)
     torch.testing.assert_close(grad(lambda x: double(x).sin().sum())(x), 2 * (2 * x).cos())
