@@ -7,20 +7,18 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <functional>
+
 #include "batch_call.h"
 #include "keys.h"
 
 namespace functorch_lite {
 namespace {
 
-// The call for one example: every batched tensor is the slice x[i].
-Stack slice_arguments(BatchCall& call, int64_t index, bool empty_batch) {
-  const auto slice = [&](const at::Tensor& x, int64_t bdim) {
-    if (!empty_batch) return at::select(x, bdim, index);
-    auto sizes = x.sym_sizes().vec();
-    sizes.erase(sizes.begin() + bdim);
-    return at::zeros_symint(sizes, x.options());
-  };
+using Slice = std::function<at::Tensor(const at::Tensor& x, int64_t bdim)>;
+
+// The call for one example: every batched tensor is replaced by its slice.
+Stack slice_arguments(BatchCall& call, const Slice& slice) {
   Stack arguments;
   for (size_t i = 0; i < call.size(); ++i) {
     c10::IValue value = call.arg(i);
@@ -36,6 +34,36 @@ Stack slice_arguments(BatchCall& call, int64_t index, bool empty_batch) {
   return arguments;
 }
 
+// An empty batch has no example. Shapes and dtypes come from a run on meta tensors, which hold no numbers, or on zeros
+// where the operator needs some.
+Stack run_example_of_empty_batch(BatchCall& call) {
+  const auto run_on = [&](std::optional<c10::Device> device) {
+    auto arguments = slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) {
+      auto sizes = x.sym_sizes().vec();
+      sizes.erase(sizes.begin() + bdim);
+      return at::zeros_symint(sizes, x.options().device(device.value_or(x.device())));
+    });
+    if (device.has_value()) {
+      replace_tensors(arguments.data(), arguments.size(), [&](const at::Tensor& x) { return x.to(*device); });
+    }
+    call.op().callBoxed(&arguments);
+    return arguments;
+  };
+  c10::Device home = c10::kCPU;
+  for (size_t i = 0; i < call.size(); ++i)
+    for_each_tensor(&call.arg(i), 1, [&](const at::Tensor& x) { home = x.device(); });
+  Stack results;
+  try {
+    results = run_on(c10::Device(c10::kMeta));
+  } catch (const std::exception&) {
+    return run_on(std::nullopt);
+  }
+  replace_tensors(results.data(), results.size(), [&](const at::Tensor& x) {
+    return x.is_meta() ? at::zeros_symint(x.sym_sizes(), x.options().device(home)) : x;
+  });
+  return results;
+}
+
 at::Tensor stack_examples(const std::vector<Stack>& examples, size_t result, bool empty_batch) {
   std::vector<at::Tensor> tensors;
   for (const auto& example : examples) tensors.push_back(example[result].toTensor());
@@ -44,13 +72,22 @@ at::Tensor stack_examples(const std::vector<Stack>& examples, size_t result, boo
 }
 
 void loop(const c10::OperatorHandle& op, Stack& stack) {
+  const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (is_random) {
+    check_randomness(op, current_vmap_level());
+    if (current_vmap_level().randomness() == VmapLevel::Randomness::kSame) {
+      refuse_operator(op, "It has no rule for randomness='same'. Pass randomness='different' to vmap.");
+    }
+  }
   python_hooks().warn_loop(op.operator_name());
   BatchCall call(op, stack);
   const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
   const bool empty_batch = batch_size == 0;
   std::vector<Stack> examples;
-  for (int64_t i = 0; i < std::max<int64_t>(batch_size, 1); ++i) {
-    examples.push_back(slice_arguments(call, i, empty_batch));
+  if (empty_batch) examples.push_back(run_example_of_empty_batch(call));
+  for (int64_t i = 0; i < batch_size; ++i) {
+    examples.push_back(
+        slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) { return at::select(x, bdim, i); }));
     op.callBoxed(&examples.back());
   }
   Stack results;
@@ -88,6 +125,16 @@ void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* sta
                     "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and "
                     "each example has another value. Use torch.where in place of `if`, and keep values in tensors.");
   }
+  if (op.hasTag(at::Tag::inplace_view)) {
+    refuse_operator(op,
+                    "It gives a tensor another shape in place. Use the out-of-place form, for example "
+                    "x.reshape(...) or x[:n].");
+  }
+  // The steps in which PyTorch writes its decompositions are compositions of aten operators themselves.
+  constexpr auto kExplicit = c10::DispatchKey::CompositeExplicitAutograd;
+  if (op.operator_name().getNamespace() == "prims" && op.hasKernelForDispatchKey(kExplicit)) {
+    return op.callBoxedForDispatchKey(kExplicit, *stack);
+  }
   if (python_hooks().install_decomposition(op.operator_name())) {
     return op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), stack);
   }
@@ -105,6 +152,15 @@ void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {
   const auto where = python_hooks().user_location();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "vmap: ", op.operator_name(), " cannot run on batched values",
                               where.empty() ? "" : " (at " + where + ")", ". ", advice);
+}
+
+void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {
+  if (level.randomness() != VmapLevel::Randomness::kError) return;
+  const auto where = python_hooks().user_location();
+  TORCH_CHECK(false, "vmap: the function called the random operator ", op.operator_name(),
+              where.empty() ? "" : " (at " + where + ")",
+              ", and randomness='error'. Pass randomness='different' to vmap for other numbers in each example, or "
+              "randomness='same' for the same numbers in all.");
 }
 
 PythonHooks& python_hooks() {

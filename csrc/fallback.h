@@ -5,8 +5,13 @@
 
 namespace functorch_lite {
 
+class VmapLevel;
+
 // Raises: vmap cannot run `op` on batched values.
 [[noreturn]] void refuse_operator(const c10::OperatorHandle& op, const std::string& advice);
+
+// Raises if the vmap that runs was not told what random operators shall do.
+void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 
 // What the Python side provides. Both are set once, at import.
 struct PythonHooks {

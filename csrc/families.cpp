@@ -153,7 +153,7 @@ struct Reduce {
     if (!all) {
       shift_dims(dims, rank);
     } else if (one_dim) {
-      call.arg(0) = call.tensor(0).reshape_symint({call.batch_size(), c10::SymInt(-1)});
+      call.arg(0) = flatten_examples(call.tensor(0));
       dims = 1;
     } else {
       std::vector<int64_t> everything(rank);
@@ -174,29 +174,40 @@ struct ReduceAll {
     call.to_front(0);
     const bool wants_list = sibling.schema().arguments()[position_of(sibling.schema(), "dim")].type()->str() != "int";
     c10::IValue dim = wants_list ? c10::IValue(std::vector<int64_t>{1}) : c10::IValue(1);
-    auto flat = call.tensor(0).reshape_symint({call.batch_size(), c10::SymInt(flat_size(call))});
-    call.call(sibling, arguments_for(sibling, call, {{"self", flat}, {"dim", dim}}));
+    call.call(sibling, arguments_for(sibling, call, {{"self", flatten_examples(call.tensor(0))}, {"dim", dim}}));
     while (call.count_results() > call.schema().returns().size()) call.drop_last_result();
     call.finish();
   }
-  static c10::SymInt flat_size(BatchCall& call) {
-    c10::SymInt n = 1;
-    const auto sizes = call.tensor(0).sym_sizes();
-    for (size_t d = 1; d < sizes.size(); ++d) n = n * sizes[d];
-    return n;
-  }
 };
+
+c10::SymInt count_elements(c10::SymIntArrayRef sizes) {
+  c10::SymInt n = 1;
+  for (const auto& size : sizes) n = n * size;
+  return n;
+}
+
+// Replaces a size of -1 by the one that makes n elements: with an empty batch nobody could tell it later.
+void infer_size(std::vector<c10::SymInt>& sizes, const c10::SymInt& n) {
+  for (auto& size : sizes) {
+    if (size != -1) continue;
+    const auto others = -count_elements(sizes);
+    if (others > 0 && n % others == 0) size = n / others;
+    return;
+  }
+}
 
 struct Shaped {
   size_t size;
   std::vector<size_t> dims;
-  bool pads;  // the size may have more dimensions than the tensor
+  bool pads;    // the size may have more dimensions than the tensor
+  bool infers;  // a size of -1 stands for what is left
   void operator()(BatchCall& call) const {
     auto sizes = call.arg(size).toSymIntVector();
     const auto rank = static_cast<int64_t>(sizes.size());
     for (size_t i = 0; i < call.size(); ++i) {
       if (call.is_batched(i)) call.to_front(i, pads ? rank : 0);
     }
+    if (infers) infer_size(sizes, count_elements(call.tensor(0).sym_sizes().slice(1)));
     sizes.insert(sizes.begin(), call.batch_size());
     call.arg(size) = sizes;
     for (auto position : dims) shift_dims(call.arg(position), rank);
@@ -274,8 +285,9 @@ Family reduce_all(const char* sibling) {
 Family shaped(std::string size, std::vector<std::string> dims) {
   return {"shaped", [size = std::move(size), dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
             const auto name = schema.name();
-            const bool pads = name == "aten::expand" || name == "aten::repeat";
-            return Shaped{position_of(schema, size), positions_of(schema, dims), pads};
+            const bool pads = name == "aten::expand" || name == "aten::expand_copy";
+            const bool infers = name.find("view") != std::string::npos || name.find("reshape") != std::string::npos;
+            return Shaped{position_of(schema, size), positions_of(schema, dims), pads, infers};
           }};
 }
 
@@ -298,6 +310,10 @@ at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {
   sizes[dim] = sizes[dim] * sizes[dim + 1];
   sizes.erase(sizes.begin() + dim + 1);
   return at::reshape_symint(x, sizes);
+}
+
+at::Tensor flatten_examples(const at::Tensor& x) {
+  return at::reshape_symint(x, {x.sym_size(0), count_elements(x.sym_sizes().slice(1))});
 }
 
 at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer) {

@@ -43,6 +43,8 @@ Family forbid(const char* advice);
 int64_t shift_dim(int64_t dim, int64_t rank);
 // x[..,a,b,..] -> x[..,a*b,..], merging dimension `dim` with the one behind it.
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
+// x[B,*] -> x[B,n], also for an empty batch.
+at::Tensor flatten_examples(const at::Tensor& x);
 // x[..,n*m,..] -> x[..,n,m,..].
 at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
 // Arguments for `other`, by name from `overrides`, else from `call`, else the schema's defaults.

@@ -1,6 +1,7 @@
 // Tensors made in the image of a batched one.
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/MemoryFormat.h>
 
 #include "rules.h"
 
@@ -41,10 +42,24 @@ void tangent_zeros_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B,*] -> y[B,*] in a memory format. It describes one example, and no format has the same meaning with the batch in
+// front, so that all but "preserve" become "contiguous".
+void like_rule(BatchCall& call) {
+  auto& format = call.arg("memory_format");
+  if (format.isNone() || format.toMemoryFormat() == c10::MemoryFormat::Preserve) {
+    call.call();
+    return call.finish(call.bdim(0));
+  }
+  call.to_front(0);
+  call.arg("memory_format") = c10::MemoryFormat::Contiguous;
+  call.call();
+  call.finish();
+}
+
 }  // namespace
 
 void add_factory_rules(RuleTable& rules) {
-  rules.add(front(), {"zeros_like", "ones_like", "full_like", "empty_like"});
+  rules.add(&like_rule, {"zeros_like", "ones_like", "full_like", "empty_like", "clone", "_to_copy", "contiguous"});
   rules.add(&new_empty_strided_rule, {"new_empty_strided"});
   rules.add(&tangent_zeros_rule, {"_new_zeros_with_same_feature_meta"});
 }

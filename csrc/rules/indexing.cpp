@@ -3,13 +3,16 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cumsum.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/index.h>
 #include <ATen/ops/index_put.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/permute.h>
+#include <ATen/ops/reshape.h>
 #include <ATen/ops/scatter.h>
 #include <ATen/ops/scatter_add.h>
+#include <ATen/ops/scatter_reduce.h>
 #include <ATen/ops/where.h>
 
 #include "../fallback.h"
@@ -167,7 +170,7 @@ void index_put_rule(BatchCall& call) {
 
 // x[B?,*,n,*], dim, index[B?,k] -> y[B,*,k,*]
 void index_select_rule(BatchCall& call) {
-  const auto scalar_index = call.rank(2) == 0;
+  const bool scalar = call.rank(0) == 0;
   auto index = call.to_front(2, 1);
   const auto rank = std::max<int64_t>(call.rank(0), 1);
   const auto dim = shift_dim(call.arg("dim").toInt(), rank);
@@ -175,8 +178,12 @@ void index_select_rule(BatchCall& call) {
   if (!call.is_batched(2)) {
     y = at::index_select(call.to_front(0, rank), dim, index);
   } else if (!call.is_batched(0)) {
-    const auto x = call.rank(0) == 0 ? call.tensor(0).unsqueeze(0) : call.tensor(0);
-    y = move_dim(split_dim(at::index_select(x, dim - 1, index.flatten()), dim - 1, call.batch_size()), dim - 1, 0);
+    const auto x = scalar ? call.tensor(0).unsqueeze(0) : call.tensor(0);
+    auto sizes = x.sym_sizes().vec();
+    sizes[dim - 1] = call.batch_size();
+    sizes.insert(sizes.begin() + dim, index.sym_size(1));
+    const auto picked = at::index_select(x, dim - 1, index.flatten());
+    y = move_dim(at::reshape_symint(picked, sizes), dim - 1, 0);
   } else {
     const auto x = call.to_front(0, rank);
     auto sizes = x.sym_sizes().vec();
@@ -185,7 +192,7 @@ void index_select_rule(BatchCall& call) {
     while (index.dim() < x.dim()) index = index.unsqueeze(-1);
     y = at::gather(x, dim, index.expand_symint(sizes));
   }
-  if (call.rank(0) == 0 || (scalar_index && rank == 1 && call.rank(0) == 0)) y = y.squeeze(1);
+  if (scalar) y = y.squeeze(1);
   call.set_results(y);
   call.finish();
 }
@@ -213,6 +220,17 @@ void index_add_rule(BatchCall& call) {
   finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
 }
 
+void index_reduce_rule(BatchCall& call) {
+  const auto rank = std::max<int64_t>(call.rank(0), 1);
+  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
+  const bool scalar = call.rank(0) == 0;
+  const auto x = call.expand_to_front(0, rank);
+  const auto source = call.expand_to_front(3, rank);
+  auto result = at::scatter_reduce(x, dim, index_like(call, dim, source), source, call.arg("reduce").toStringView(),
+                                   call.arg("include_self").toBool());
+  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+}
+
 void index_copy_rule(BatchCall& call) {
   const auto rank = std::max<int64_t>(call.rank(0), 1);
   const auto dim = shift_dim(call.arg("dim").toInt(), rank);
@@ -230,7 +248,7 @@ void index_fill_rule(BatchCall& call) {
   const bool scalar = call.rank(0) == 0;
   const auto x = call.expand_to_front(0, rank);
   auto sizes = x.sym_sizes().vec();
-  sizes[dim] = call.tensor(2).sym_numel() / (call.is_batched(2) ? call.batch_size() : c10::SymInt(1));
+  sizes[dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
   const auto shape_only = x.new_empty_symint(sizes, x.options());
   const auto index = index_like(call, dim, shape_only);
   at::Tensor result;
@@ -242,14 +260,79 @@ void index_fill_rule(BatchCall& call) {
   finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
 }
 
+// index[B,*] -> positions[B,k] in x[B,n], negative ones counted from the end.
+at::Tensor flat_positions(const at::Tensor& index, const at::Tensor& x) {
+  const auto flat = flatten_examples(index);
+  return at::where(flat < 0, flat + x.size(1), flat);
+}
+
 // x[B?,*], index[B?,*] -> y[B,*]: elements of the flattened example.
 void take_rule(BatchCall& call) {
-  auto flatten = [&](const at::Tensor& t) { return t.reshape_symint({t.sym_size(0), c10::SymInt(-1)}); };
   const auto index = call.expand_to_front(1);
-  const auto x = flatten(call.expand_to_front(0));
-  const auto flat = flatten(index);
-  const auto n = x.size(1);
-  call.set_results(at::gather(x, 1, at::where(flat < 0, flat + n, flat)).reshape_symint(index.sym_sizes()));
+  const auto x = flatten_examples(call.expand_to_front(0));
+  call.set_results(at::gather(x, 1, flat_positions(index, x)).reshape_symint(index.sym_sizes()));
+  call.finish();
+}
+
+// x[B?,*], index[B?,*], source[B?,*] -> y[B,*]: elements of the flattened example replaced, or added to.
+void put_rule(BatchCall& call) {
+  const bool in_place = call.schema().is_mutable();
+  const auto x = in_place ? call.to_front(0) : call.expand_to_front(0);
+  const auto flat = flatten_examples(x);
+  const auto index = flat_positions(call.expand_to_front(1), flat);
+  const auto source = flatten_examples(call.expand_to_front(2));
+  const auto y =
+      call.arg("accumulate").toBool() ? at::scatter_add(flat, 1, index, source) : at::scatter(flat, 1, index, source);
+  finish_write(call, x, y.reshape_symint(x.sym_sizes()));
+}
+
+// x[B?,*], mask[B?,*], source[B?,*] -> y[B,*]: the elements under the mask are those of the source, in order.
+void masked_scatter_rule(BatchCall& call) {
+  const bool in_place = call.schema().is_mutable();
+  const auto rank = in_place ? call.rank(0) : std::max(call.rank(0), call.rank(1));
+  auto x = in_place ? call.to_front(0) : call.expand_to_front(0, rank);
+  auto mask = call.expand_to_front(1, rank);
+  const auto sizes = at::infer_size_symint(x.sym_sizes(), mask.sym_sizes());
+  mask = mask.expand_symint(sizes);
+  const auto source = flatten_examples(call.expand_to_front(2));
+  auto y = x.expand_symint(sizes);
+  if (source.sym_size(1) != 0) {
+    const auto nth = at::cumsum(flatten_examples(mask), 1) - 1;
+    y = at::where(mask, at::gather(source, 1, nth.clamp_min(0)).reshape_symint(sizes), y);
+  } else {
+    y = y.clone();
+  }
+  finish_write(call, x, y);
+}
+
+// x[B?,*,n,*], start[B], length -> y[B,*,length,*]
+void narrow_rule(BatchCall& call) {
+  const auto dim = shift_dim(call.arg("dim").toInt(), call.rank(0));
+  if (!call.is_batched(2)) {
+    call.to_front(0);
+    call.arg("dim") = dim;
+    call.call();
+    return call.finish();
+  }
+  const auto& x = call.expand_to_front(0);
+  auto start = call.to_front(2);
+  start = at::where(start < 0, start + x.size(dim), start);
+  auto sizes = x.sym_sizes().vec();
+  sizes[dim] = call.arg("length").toSymInt();
+  auto index = start.unsqueeze(1) + at::arange(sizes[dim], start.options());
+  for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
+  while (index.dim() < x.dim()) index = index.unsqueeze(-1);
+  call.set_results(at::gather(x, dim, index.expand_symint(sizes)));
+  call.finish();
+}
+
+// x[B,*], num_classes -> y[B,*,num_classes]
+void one_hot_rule(BatchCall& call) {
+  if (call.arg("num_classes").toInt() == -1) {
+    refuse_operator(call.op(), "The number of classes would be the largest value of each example. Pass num_classes.");
+  }
+  call.to_front(0);
+  call.call();
   call.finish();
 }
 
@@ -280,7 +363,12 @@ void add_indexing_rules(RuleTable& rules) {
   rules.add(&index_copy_rule, {"index_copy", "index_copy_"});
   rules.add(&index_fill_rule,
             {"index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor", "index_fill_.int_Tensor"});
+  rules.add(&index_reduce_rule, {"index_reduce", "index_reduce_"});
   rules.add(&take_rule, {"take"});
+  rules.add(&put_rule, {"put", "put_"});
+  rules.add(&masked_scatter_rule, {"masked_scatter", "masked_scatter_"});
+  rules.add(&narrow_rule, {"narrow.Tensor"});
+  rules.add(&one_hot_rule, {"one_hot"});
   const auto scatter_view = [](std::vector<std::string> names) {
     return Family{"scatter_view", [names](const c10::FunctionSchema& schema) -> Rule {
                     std::vector<size_t> dims;

@@ -1,8 +1,11 @@
 // Products of matrices and vectors. Only the batched operand gets the batch: x[B,m,k] @ y[k,n] stays one product.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_cdist_forward.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/triu_indices.h>
 
 #include "rules.h"
 
@@ -21,14 +24,18 @@ at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
   return at::matmul(matrix, vector.unsqueeze(-1)).squeeze(-1);
 }
 
+// A number times x in the dtype of x: the fused operators truncate it for integers.
+at::Tensor scaled(const at::Tensor& x, const at::Scalar& number) {
+  if (number.equal(1)) return x;
+  return at::mul(x, c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) ? at::Scalar(number.toLong()) : number);
+}
+
 // beta * bias + alpha * product, where beta == 0 ignores what is in bias.
 at::Tensor add_scaled(BatchCall& call, const at::Tensor& product, int64_t rank) {
-  const auto alpha = call.arg("alpha").toScalar();
+  const auto result = scaled(product, call.arg("alpha").toScalar());
   const auto beta = call.arg("beta").toScalar();
-  auto result = alpha.equal(1) ? product : at::mul(product, alpha);
   if (beta.equal(0)) return result;
-  const auto& bias = call.to_front(0, rank);
-  return beta.equal(1) ? result + bias : result + at::mul(bias, beta);
+  return result + scaled(call.to_front(0, rank), beta);
 }
 
 // The in-place form writes the same result into its first argument.
@@ -100,6 +107,38 @@ void linear_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B?,*,m,k], y[B?,*,n,k] -> distances[B,*,m,n]
+void cdist_rule(BatchCall& call) {
+  const auto rank = std::max(call.rank(0), call.rank(1));
+  call.to_front(0, rank);
+  call.to_front(1, rank);
+  call.call();
+  call.finish();
+}
+
+// x[B,n,k] -> distances[B,n*(n-1)/2] of the pairs of rows
+void pdist_rule(BatchCall& call) {
+  const auto& x = call.to_front(0);
+  const auto n = x.size(1);
+  const auto pairs = at::triu_indices(n, n, 1, x.options().dtype(c10::kLong));
+  const auto all = at::_cdist_forward(x, x, call.arg("p").toDouble(), /*compute_mode=*/2);
+  call.set_results(at::index_select(flatten_examples(all), 1, pairs.select(0, 0) * n + pairs.select(0, 1)));
+  call.finish();
+}
+
+// sum over a dimension of the product of three tensors; the dimension arguments count in the common rank.
+void trilinear_rule(BatchCall& call) {
+  for (size_t i = 0; i < 3; ++i) call.expand_to_front(i);
+  for (const auto* name : {"expand1", "expand2", "expand3", "sumdim"}) {
+    auto dims = call.arg(name).toIntVector();
+    for (auto& d : dims) d += 1;
+    call.arg(name) = dims;
+  }
+  call.arg("unroll_dim") = call.arg("unroll_dim").toInt() + 1;
+  call.call();
+  call.finish();
+}
+
 }  // namespace
 
 void add_matmul_rules(RuleTable& rules) {
@@ -112,6 +151,9 @@ void add_matmul_rules(RuleTable& rules) {
   rules.add(&addbmm_rule, {"addbmm", "addbmm_"});
   rules.add(&addmv_rule, {"addmv", "addmv_"});
   rules.add(&addr_rule, {"addr", "addr_"});
+  rules.add(&cdist_rule, {"_cdist_forward"});
+  rules.add(&pdist_rule, {"_pdist_forward"});
+  rules.add(&trilinear_rule, {"_trilinear"});
   rules.add(&linear_rule, {"linear"});
 }
 

@@ -2,7 +2,10 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/native_dropout.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/rand.h>
+#include <ATen/ops/reshape.h>
+#include <ATen/ops/where.h>
 
 #include "../fallback.h"
 #include "rules.h"
@@ -10,14 +13,7 @@
 namespace functorch_lite {
 namespace {
 
-void check_allowed(const BatchCall& call) {
-  if (call.level().randomness() != VmapLevel::Randomness::kError) return;
-  const auto where = python_hooks().user_location();
-  TORCH_CHECK(false, "vmap: the function called the random operator ", call.name(),
-              where.empty() ? "" : " (at " + where + ")",
-              ", and randomness='error'. Pass randomness='different' to vmap for other numbers in each example, or "
-              "randomness='same' for the same numbers in all.");
-}
+void check_allowed(const BatchCall& call) { check_randomness(call.op(), call.level()); }
 
 bool different(const BatchCall& call) { return call.level().randomness() == VmapLevel::Randomness::kDifferent; }
 
@@ -85,6 +81,17 @@ void random_draw_rule(BatchCall& call) {
   different(call) ? call.finish() : call.finish_unbatched();
 }
 
+// weights[B?,*,n] -> categories[B,*,num_samples]
+void multinomial_rule(BatchCall& call) {
+  if (call.rank(0) == 1 || !different(call)) return random_draw_rule(call);
+  const auto x = call.expand_to_front(0);
+  call.arg(0) = at::reshape_symint(x, {x.sym_size(0) * x.sym_size(1), x.sym_size(2)});
+  call.call();
+  const auto& y = call.result().toTensor();
+  call.result() = at::reshape_symint(y, {x.sym_size(0), x.sym_size(1), y.sym_size(1)});
+  call.finish();
+}
+
 // x[B,*] filled in place.
 void random_fill_rule(BatchCall& call) {
   check_allowed(call);
@@ -135,6 +142,46 @@ void native_dropout_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B?,*], p -> y[B,*]
+void dropout_rule(BatchCall& call) {
+  const auto p = call.arg("p").toDouble();
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout: p is a probability, got ", p);
+  if (p > 0 && call.arg("train").toBool()) {
+    native_dropout_rule(call);
+    return call.drop_last_result();
+  }
+  call.set_results(call.tensor(0));
+  call.finish(call.bdim(0));
+}
+
+// x[B?,*], noise[B?,*] -> x where x > 0, else x * noise, the noise uniform and kept for the derivative.
+void rrelu_rule(BatchCall& call) {
+  const auto lower = call.arg("lower").toScalar().toDouble();
+  const auto upper = call.arg("upper").toScalar().toDouble();
+  const auto noise = call.find("noise");
+  const bool in_place = call.schema().name().back() == '_';
+  at::Tensor x = call.to_front(0);
+  bool batched = call.is_batched(0);
+  at::Tensor slope;
+  if (call.arg("training").toBool()) {
+    check_allowed(call);
+    if (different(call) && in_place && !batched) refuse_operator(call.op(), "Each example needs its own copy of x.");
+    if (different(call)) x = call.expand_to_front(0);
+    batched = call.is_batched(0);
+    const auto shaped = different(call) || !batched ? x : x.select(0, 0);
+    slope = at::empty_symint(shaped.sym_sizes(), shaped.options()).uniform_(lower, upper);
+    slope = at::where(x > 0, at::ones_like(x), slope);
+  } else {
+    slope = at::where(x > 0, at::ones_like(x), at::ones_like(x) * ((lower + upper) / 2));
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(!noise || call.is_batched(*noise) == batched, "vmap: ", call.name(),
+                              " with a noise tensor that is not batched as x is. Call torch.nn.functional.rrelu.");
+  if (noise && call.arg("training").toBool()) call.to_front(*noise).copy_(slope);
+  const auto y = x * slope;
+  call.set_results(in_place ? x.copy_(y) : y);
+  batched ? call.finish() : call.finish_unbatched();
+}
+
 }  // namespace
 
 void add_random_rules(RuleTable& rules) {
@@ -147,6 +194,9 @@ void add_random_rules(RuleTable& rules) {
                                 "randint_like", "randint_like.low_dtype", "bernoulli.p"});
   rules.add(&random_draw_rule, {"bernoulli", "poisson", "normal.Tensor_float", "normal.float_Tensor",
                                 "normal.Tensor_Tensor", "_standard_gamma", "binomial", "_sample_dirichlet"});
+  rules.add(&multinomial_rule, {"multinomial"});
+  rules.add(&rrelu_rule, {"rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_"});
+  rules.add(&dropout_rule, {"dropout"});
   rules.add(&random_fill_rule, {"bernoulli_.float", "normal_", "uniform_", "random_", "random_.from", "random_.to",
                                 "exponential_", "geometric_", "cauchy_", "log_normal_"});
   rules.add(&native_dropout_rule, {"native_dropout"});

@@ -11,6 +11,7 @@
 #include <ATen/ops/transpose.h>
 #include <ATen/ops/view.h>
 
+#include "../fallback.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -83,6 +84,60 @@ void as_strided_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read.
+void as_strided_scatter_rule(BatchCall& call) {
+  const auto y = call.expand_to_front(0).clone();
+  auto sizes = call.arg("size").toSymIntVector();
+  auto strides = call.arg("stride").toSymIntVector();
+  const auto& src = call.expand_to_front(1);
+  sizes.insert(sizes.begin(), call.batch_size());
+  strides.insert(strides.begin(), y.sym_stride(0));
+  const auto& offset = call.arg("storage_offset");
+  at::as_strided_symint(y, sizes, strides, offset.isNone() ? y.sym_storage_offset() : offset.toSymInt()).copy_(src);
+  call.set_results(y);
+  call.finish();
+}
+
+// x[B,*], repeats[r] -> y[B,*] of rank r.
+void repeat_rule(BatchCall& call) {
+  auto repeats = call.arg("repeats").toSymIntVector();
+  call.to_front(0, static_cast<int64_t>(repeats.size()));
+  repeats.insert(repeats.begin(), 1);
+  call.arg("repeats") = repeats;
+  call.call();
+  call.finish();
+}
+
+// x[B,*,n,*] -> y[B,*,m,*,size]; a scalar gives y[B,size].
+void unfold_rule(BatchCall& call) {
+  const bool scalar = call.rank(0) == 0;
+  call.to_front(0, 1);
+  call.arg("dimension") = shift_dim(call.arg("dimension").toInt(), call.rank(0));
+  call.call();
+  if (scalar) call.result() = call.result().toTensor().select(1, 0);
+  call.finish();
+}
+
+void tensor_split_rule(BatchCall& call) {
+  if (call.is_batched(1)) {
+    refuse_operator(call.op(),
+                    "Each example would be split elsewhere, into pieces of other shapes. Give the indices as "
+                    "a list of ints.");
+  }
+  call.to_front(0);
+  call.arg("dim") = shift_dim(call.arg("dim").toInt(), call.rank(0));
+  call.call();
+  call.finish();
+}
+
+void chunk_cat_rule(BatchCall& call) {
+  const auto tensors = call.expanded_list(0);
+  call.arg("dim") = shift_dim(call.arg("dim").toInt(), tensors[0].dim() - 1);
+  call.arg(0) = tensors;
+  call.call();
+  call.finish();
+}
+
 // x_i[B,*], dim -> y[B,*]. Empty vectors join tensors of any rank, as in user code.
 void cat_rule(BatchCall& call) {
   auto tensors = call.expanded_list(0);
@@ -107,6 +162,7 @@ void stack_rule(BatchCall& call) {
 void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
   auto twin = op.operator_name();
   twin.name.pop_back();
+  if (twin.name == "aten::transpose") twin.overload_name = "int";
   const auto self = stack[stack.size() - count_arguments(op)].toTensor();
   c10::Dispatcher::singleton().findSchemaOrThrow(twin.name.c_str(), twin.overload_name.c_str()).callBoxed(&stack);
   const auto* view = as_wrapper(stack.back().toTensor());
@@ -122,21 +178,30 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&t_rule, {"t"});
   rules.add(&permute_rule, {"permute", "permute_copy"});
   rules.add(&roll_rule, {"roll"});
-  rules.add(&as_strided_rule, {"as_strided"});
-  rules.add(&in_place_view, {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_"});
+  rules.add(&as_strided_rule, {"as_strided", "as_strided_copy"});
+  rules.add(&in_place_view,
+            {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"});
   rules.add(&cat_rule, {"cat"});
   rules.add(&stack_rule, {"stack"});
-  rules.add(front(),
-            {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_", "triu_",
-             "view_as_real", "view_as_complex", "view.dtype", "contiguous", "requires_grad_", "_reshape_copy"});
-  rules.add(along({"dim"}), {"select.int", "slice.Tensor", "split.Tensor", "split_with_sizes", "unsafe_split.Tensor",
-                             "unsafe_split_with_sizes", "unbind.int", "squeeze.dim", "squeeze.dims"});
-  rules.add(along({"dimension"}), {"unfold"});
+  rules.add(front(), {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_",
+                      "triu_", "view_as_real", "view_as_complex", "view.dtype", "requires_grad_"});
+  rules.add(along({"dim"}),
+            {"select.int", "slice.Tensor", "select_copy.int", "slice_copy.Tensor", "split_copy.Tensor",
+             "split_with_sizes_copy", "unbind_copy.int", "split.Tensor", "split_with_sizes", "unsafe_split.Tensor",
+             "unsafe_split_with_sizes", "unbind.int", "squeeze.dim", "squeeze.dims"});
+  rules.add(&unfold_rule, {"unfold", "unfold_copy"});
+  rules.add(&as_strided_scatter_rule, {"as_strided_scatter"});
+  rules.add(&chunk_cat_rule, {"_chunk_cat"});
+  rules.add(&tensor_split_rule, {"tensor_split.tensor_indices_or_sections"});
+  rules.add(forbid("A sparse tensor cannot be a batch of dense ones. Convert outside vmap, for example its result."),
+            {"_to_sparse", "_to_sparse.sparse_dim", "_to_sparse_csr", "_to_sparse_csc", "_to_sparse_bsr",
+             "_to_sparse_bsc", "to_mkldnn"});
   rules.add(along({"dims"}), {"flip"});
-  rules.add(along({"dim0", "dim1"}), {"transpose.int"});
+  rules.add(along({"dim0", "dim1"}), {"transpose.int", "transpose_copy.int"});
   rules.add(along({"dim1", "dim2"}), {"diagonal", "linalg_diagonal"});
-  rules.add(shaped("size"), {"view", "expand", "_unsafe_view", "new_empty", "new_zeros", "new_ones", "new_full"});
-  rules.add(shaped("repeats"), {"repeat"});
+  rules.add(shaped("size"), {"view", "view_copy", "expand", "expand_copy", "_unsafe_view", "_reshape_copy", "new_empty",
+                             "new_zeros", "new_ones", "new_full"});
+  rules.add(&repeat_rule, {"repeat"});
   rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
   rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
   rules.add(shaped("input_sizes", {"dim"}), {"unfold_backward"});
