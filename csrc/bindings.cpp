@@ -122,6 +122,39 @@ struct OutsideContext {
   void exit() { outside.reset(); }
 };
 
+struct BelowContext {
+  std::optional<RunBelow> below;
+  void enter() {
+    TORCH_CHECK(current_level() != nullptr, "functorch_lite._C.Below: no level is open");
+    below.emplace(*current_level());
+  }
+  void exit() { below.reset(); }
+};
+
+// The innermost level with its own Python type, or None.
+py::object innermost_level() {
+  auto* level = current_level();
+  if (level == nullptr) return py::none();
+  if (auto* vmap = dynamic_cast<VmapLevel*>(level)) {
+    return py::cast(c10::intrusive_ptr<VmapLevel>::unsafe_reclaim_from_nonowning(vmap));
+  }
+  return py::cast(c10::intrusive_ptr<AutodiffLevel>::unsafe_reclaim_from_nonowning(static_cast<AutodiffLevel*>(level)));
+}
+
+// Whether a level below the innermost, or plain PyTorch, differentiates with respect to this tensor.
+bool is_differentiated_below(const at::Tensor& tensor) {
+  const auto* level = current_level();
+  const auto* wrapper = as_wrapper(tensor);
+  const bool wrapped_here = wrapper != nullptr && wrapper->level() == level;
+  const auto carries = [](const at::Tensor& x) { return x.requires_grad() || has_tangent(x); };
+  for (const auto* x = wrapped_here ? &wrapper->value() : &tensor;;) {
+    if (carries(*x)) return true;
+    const auto* inner = as_wrapper(*x);
+    if (inner == nullptr) return false;
+    x = &inner->value();
+  }
+}
+
 py::object describe(const at::Tensor& tensor) {
   const auto* wrapper = as_wrapper(tensor);
   if (wrapper == nullptr) return py::none();
@@ -180,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
       }))
       .def("lift_variable", &AutodiffLevel::lift_variable)
       .def("lift_dual", &AutodiffLevel::lift_dual)
+      .def("lift_constant", [](AutodiffLevel& level, const at::Tensor& value) { return wrap(value, level); })
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
       .def("backward", &backward);
@@ -189,6 +223,14 @@ PYBIND11_MODULE(_C, m) {
       .def("__enter__", &OutsideContext::enter)
       .def("__exit__",
            [](OutsideContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
+
+  py::class_<BelowContext>(m, "Below")
+      .def(py::init<>())
+      .def("__enter__", &BelowContext::enter)
+      .def("__exit__",
+           [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
+  m.def("current_level", &innermost_level);
+  m.def("is_differentiated_below", &is_differentiated_below);
 
   m.def("level_depth", &level_depth,
         "How many transforms the calling code is inside of; 0 outside all of them.\n\n"

@@ -36,6 +36,15 @@ def refuse_type(message: str) -> NoReturn:
     raise TypeError(message)
 
 
+def refuse_single_level_function(name: str) -> NoReturn:
+    """Raise: an old-style Function is differentiated at more than one level."""
+    raise NotImplementedError(
+        f"torch.autograd.Function {name} has forward(ctx, ...) and is differentiated at more than one level, or under "
+        f"vmap with a level outside. Its own derivative would be ignored there. Split it into forward(...) and "
+        f"setup_context(ctx, inputs, output), which works at every level."
+    )
+
+
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
     given = (argnums,) if isinstance(argnums, int) else argnums

@@ -38,3 +38,4 @@ def connect() -> None:
         _checks.EscapedTensorError,
     )
     _repr.install()
+    _custom_function.install()
