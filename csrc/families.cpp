@@ -6,6 +6,7 @@
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/unsqueeze.h>
 #include <ATen/ops/view.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -190,14 +191,15 @@ struct ReduceAll {
 struct Shaped {
   size_t size;
   std::vector<size_t> dims;
-  bool pads;  // the size may have more dimensions than the tensor
+  bool pads;     // the size may have more dimensions than the tensor
+  bool repeats;  // the sizes count copies: one of the batch
   void operator()(BatchCall& call) const {
     auto sizes = call.arg(size).toSymIntVector();
     const auto rank = static_cast<int64_t>(sizes.size());
     for (size_t i = 0; i < call.size(); ++i) {
       if (call.is_batched(i)) call.to_front(i, pads ? rank : 0);
     }
-    sizes.insert(sizes.begin(), call.batch_size());
+    sizes.insert(sizes.begin(), repeats ? c10::SymInt(1) : call.batch_size());
     call.arg(size) = sizes;
     for (auto position : dims) shift_dims(call.arg(position), rank);
     call.call();
@@ -275,7 +277,8 @@ Family shaped(std::string size, std::vector<std::string> dims) {
   return {"shaped", [size = std::move(size), dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
             const auto name = schema.name();
             const bool pads = name == "aten::expand" || name == "aten::repeat";
-            return Shaped{position_of(schema, size), positions_of(schema, dims), pads};
+            const bool repeats = name == "aten::repeat";
+            return Shaped{position_of(schema, size), positions_of(schema, dims), pads, repeats};
           }};
 }
 
@@ -308,6 +311,50 @@ at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer)
   sizes[dim] = outer;
   sizes.insert(sizes.begin() + dim + 1, inner);
   return at::reshape_symint(x, sizes);
+}
+
+namespace {
+
+// x[..,n*m,..] -> x[..,n,m,..], for n > 0.
+at::Tensor split_evenly(const at::Tensor& x, int64_t dim, const c10::SymInt& n) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.insert(sizes.begin() + dim, n);
+  sizes[dim + 1] = sizes[dim + 1] / n;
+  return at::reshape_symint(x, sizes);
+}
+
+}  // namespace
+
+at::Tensor fold_batch(const at::Tensor& x, int64_t bdim, int64_t dim, const c10::SymInt& groups) {
+  if (groups == 1) return merge_dims(move_dim(x, bdim, dim), dim);
+  const auto front = move_dim(x, bdim, 0);
+  const auto grouped = move_dim(split_evenly(front, dim + 1, groups), 0, dim + 1);  // [..,g,B,c,..]
+  return merge_dims(merge_dims(grouped, dim), dim);
+}
+
+at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& batch_size, const c10::SymInt& groups) {
+  if (groups == 1) return move_dim(split_evenly(y, dim, batch_size), dim, 0);
+  const auto grouped = split_evenly(split_evenly(y, dim, groups), dim + 1, batch_size);  // [..,g,B,c,..]
+  return merge_dims(move_dim(grouped, dim + 1, 0), dim + 1);
+}
+
+bool finish_without_examples(BatchCall& call) {
+  if (call.batch_size() != 0) return false;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_batched(i)) continue;
+    auto sizes = call.tensor(i).sym_sizes().vec();
+    sizes.erase(sizes.begin() + call.bdim(i));
+    call.arg(i) = at::zeros_symint(sizes, call.tensor(i).options());
+  }
+  call.call();
+  for (size_t i = 0; i < call.count_results(); ++i) {
+    auto& result = call.result(i);
+    if (result.isTensor() && result.toTensor().defined()) {
+      result = at::unsqueeze(result.toTensor(), 0).narrow(0, 0, 0);
+    }
+  }
+  call.finish();
+  return true;
 }
 
 c10::OperatorHandle find_operator(const std::string& name) {

@@ -45,6 +45,14 @@ int64_t shift_dim(int64_t dim, int64_t rank);
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
 // x[..,n*m,..] -> x[..,n,m,..].
 at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
+// x[..,B,..] with the batch at `bdim`, merged into dimension `dim` of one example. With groups, that dimension is
+// g*c and becomes g*B*c, so that each group keeps its own channels together.
+at::Tensor fold_batch(const at::Tensor& x, int64_t bdim, int64_t dim, const c10::SymInt& groups = 1);
+// The inverse, with the batch in front: y[..,g*B*c,..] -> y[B,..,g*c,..].
+at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& batch_size, const c10::SymInt& groups = 1);
+// For operators that refuse empty tensors: with batch size 0, runs one example of zeros for the shapes of the results,
+// finishes the call, and returns true.
+bool finish_without_examples(BatchCall& call);
 // The operator `name` ("sum.dim_IntList") of aten.
 c10::OperatorHandle find_operator(const std::string& name);
 // Arguments for `other`, by name from `overrides`, else from `call`, else the schema's defaults.
