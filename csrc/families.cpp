@@ -6,6 +6,7 @@
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/unsqueeze.h>
 #include <ATen/ops/view.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -216,26 +217,6 @@ struct Shaped {
   }
 };
 
-struct Fold {
-  std::vector<size_t> tensors;
-  int64_t dim;
-  void operator()(BatchCall& call) const {
-    for (auto i : tensors) {
-      if (!call.is_tensor(i)) continue;
-      call.expand_to_front(i);
-      call.arg(i) = merge_dims(move_dim(call.tensor(i), 0, dim), dim);
-    }
-    call.call();
-    for (size_t i = 0; i < call.count_results(); ++i) {
-      auto& result = call.result(i);
-      if (result.isTensor() && result.toTensor().defined()) {
-        result = split_dim(result.toTensor(), dim, call.batch_size());
-      }
-    }
-    call.finish(dim);
-  }
-};
-
 std::vector<size_t> positions_of(const c10::FunctionSchema& schema, const std::vector<std::string>& names) {
   std::vector<size_t> positions;
   for (const auto& name : names) positions.push_back(position_of(schema, name));
@@ -291,12 +272,6 @@ Family shaped(std::string size, std::vector<std::string> dims) {
           }};
 }
 
-Family fold(std::vector<std::string> tensors, int64_t dim) {
-  return {"fold", [tensors = std::move(tensors), dim](const c10::FunctionSchema& schema) -> Rule {
-            return Fold{positions_of(schema, tensors), dim};
-          }};
-}
-
 Family forbid(const char* advice) {
   return {"forbid", [advice](const c10::FunctionSchema&) -> Rule {
             return [advice](BatchCall& call) { refuse_operator(call.op(), advice); };
@@ -322,6 +297,50 @@ at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer)
   sizes[dim] = outer;
   sizes.insert(sizes.begin() + dim + 1, inner);
   return at::reshape_symint(x, sizes);
+}
+
+namespace {
+
+// x[..,n*m,..] -> x[..,n,m,..], for n > 0.
+at::Tensor split_evenly(const at::Tensor& x, int64_t dim, const c10::SymInt& n) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.insert(sizes.begin() + dim, n);
+  sizes[dim + 1] = sizes[dim + 1] / n;
+  return at::reshape_symint(x, sizes);
+}
+
+}  // namespace
+
+at::Tensor fold_batch(const at::Tensor& x, int64_t bdim, int64_t dim, const c10::SymInt& groups) {
+  if (groups == 1) return merge_dims(move_dim(x, bdim, dim), dim);
+  const auto front = move_dim(x, bdim, 0);
+  const auto grouped = move_dim(split_evenly(front, dim + 1, groups), 0, dim + 1);  // [..,g,B,c,..]
+  return merge_dims(merge_dims(grouped, dim), dim);
+}
+
+at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& batch_size, const c10::SymInt& groups) {
+  if (groups == 1) return move_dim(split_evenly(y, dim, batch_size), dim, 0);
+  const auto grouped = split_evenly(split_evenly(y, dim, groups), dim + 1, batch_size);  // [..,g,B,c,..]
+  return merge_dims(move_dim(grouped, dim + 1, 0), dim + 1);
+}
+
+bool finish_without_examples(BatchCall& call) {
+  if (call.batch_size() != 0) return false;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_batched(i)) continue;
+    auto sizes = call.tensor(i).sym_sizes().vec();
+    sizes.erase(sizes.begin() + call.bdim(i));
+    call.arg(i) = at::zeros_symint(sizes, call.tensor(i).options());
+  }
+  call.call();
+  for (size_t i = 0; i < call.count_results(); ++i) {
+    auto& result = call.result(i);
+    if (result.isTensor() && result.toTensor().defined()) {
+      result = at::unsqueeze(result.toTensor(), 0).narrow(0, 0, 0);
+    }
+  }
+  call.finish();
+  return true;
 }
 
 Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,

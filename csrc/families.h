@@ -30,10 +30,6 @@ Family reduce_all(const char* sibling);
 // Dimension arguments count within that size.
 Family shaped(std::string size, std::vector<std::string> dims = {});
 
-// Leaves the batch at its place in every result: the batch dimension is merged into dimension `dim` of each of the
-// named tensors, and split from the same dimension of each result.
-Family fold(std::vector<std::string> tensors, int64_t dim);
-
 // Never batched: an error that gives the reason and what to write instead.
 Family forbid(const char* advice);
 
@@ -47,6 +43,14 @@ at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
 at::Tensor flatten_examples(const at::Tensor& x);
 // x[..,n*m,..] -> x[..,n,m,..].
 at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
+// x[..,B,..] with the batch at `bdim`, merged into dimension `dim` of one example. With groups, that dimension is
+// g*c and becomes g*B*c, so that each group keeps its own channels together.
+at::Tensor fold_batch(const at::Tensor& x, int64_t bdim, int64_t dim, const c10::SymInt& groups = 1);
+// The inverse, with the batch in front: y[..,g*B*c,..] -> y[B,..,g*c,..].
+at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& batch_size, const c10::SymInt& groups = 1);
+// For operators that refuse empty tensors: with batch size 0, runs one example of zeros for the shapes of the results,
+// finishes the call, and returns true.
+bool finish_without_examples(BatchCall& call);
 // Arguments for `other`, by name from `overrides`, else from `call`, else the schema's defaults.
 Stack arguments_for(const c10::OperatorHandle& other, BatchCall& call,
                     const std::vector<std::pair<std::string_view, c10::IValue>>& overrides);

@@ -127,6 +127,9 @@ void register_batching_rules() {
   add_matmul_rules(rules);
   add_indexing_rules(rules);
   add_random_rules(rules);
+  add_convolution_rules(rules);
+  add_pooling_rules(rules);
+  add_normalization_rules(rules);
   add_default_rows(rules);
 }
 

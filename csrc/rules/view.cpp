@@ -71,11 +71,28 @@ void roll_rule(BatchCall& call) {
   call.finish();
 }
 
-// The view that user code describes is in one example's memory; the batch keeps its own stride.
+// How many elements of memory such a tensor spans.
+c10::SymInt span(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
+  c10::SymInt result = 1;
+  for (size_t d = 0; d < sizes.size(); ++d) result = result + strides[d] * (sizes[d] - 1);
+  return result;
+}
+
+// The view that user code describes is in one example's memory; the batch keeps its own stride. So the examples must
+// lie one after the other.
 void as_strided_rule(BatchCall& call) {
   const auto& x = call.to_front(0);
   auto sizes = call.arg("size").toSymIntVector();
   auto strides = call.arg("stride").toSymIntVector();
+  const auto& step = x.sym_stride(0);
+  if (step != 0 && call.batch_size() > 1) {
+    const auto seen = span(x.sym_sizes().slice(1), x.sym_strides().slice(1));
+    TORCH_CHECK_VALUE(seen <= step && span(sizes, strides) <= step,
+                      "vmap: as_strided to size ", c10::SymIntArrayRef(sizes), " and stride ",
+                      c10::SymIntArrayRef(strides),
+                      " would read other examples: it describes memory, and the batch lies in this memory too. Use "
+                      "indexing, view or unfold, which describe values, or call it on x.clone().");
+  }
   sizes.insert(sizes.begin(), call.batch_size());
   strides.insert(strides.begin(), x.sym_stride(0));
   const auto& offset = call.arg("storage_offset");
