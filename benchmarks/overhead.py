@@ -80,7 +80,9 @@ def timed(function: Callable[[Tensor], object], x: Tensor, repeats: int) -> floa
     return (time.perf_counter() - start) / repeats / OPERATORS * 1e6
 
 
-def pair(ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object], turns: int) -> tuple[float, float, float]:
+def pair(
+    ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object], turns: int
+) -> tuple[float, float, float]:
     """Median times of both, and the median ratio of the turns."""
     x = torch.rand(8, 4)
     for function in (ours, theirs):

@@ -64,7 +64,11 @@ bool has_tangent(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, tensor).defined();
 }
 
-AutodiffLevel::~AutodiffLevel() {
+void AutodiffLevel::on_open() {
+  if (is_forward()) shared_forward_mode.acquire();
+}
+
+void AutodiffLevel::on_close() {
   if (is_forward()) shared_forward_mode.release();
 }
 
@@ -297,9 +301,6 @@ void register_below_autograd() {
   handlers->register_pending();
 }
 
-AutodiffLevel::AutodiffLevel(Mode mode) : Level(/*sets_modes=*/true), mode_(mode) {
-  handlers->register_pending();
-  if (is_forward()) shared_forward_mode.acquire();
-}
+AutodiffLevel::AutodiffLevel(Mode mode) : Level(/*sets_modes=*/true), mode_(mode) { handlers->register_pending(); }
 
 }  // namespace functorch_lite

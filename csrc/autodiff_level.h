@@ -15,7 +15,6 @@ class AutodiffLevel final : public Level {
   enum class Mode : uint8_t { kReverse, kForward };
 
   explicit AutodiffLevel(Mode mode);
-  ~AutodiffLevel() override;
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
   const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
@@ -38,6 +37,10 @@ class AutodiffLevel final : public Level {
   };
   // Runs the call on values and wraps the results.
   void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, Below how);
+
+ protected:
+  void on_open() override;
+  void on_close() override;
 
  private:
   bool needs_derivative(const at::Tensor& tensor) const;

@@ -70,6 +70,7 @@ void Level::open() {
   outer_keys_ = c10::impl::tls_local_dispatch_key_set();
   outer_modes_ = AutogradModes::current();
   attach();
+  on_open();
   if (!sets_modes_) return;
   auto keys = c10::impl::tls_local_dispatch_key_set();
   keys.excluded_ = keys.excluded_ - kRecordingKeys;
@@ -85,6 +86,7 @@ void Level::close() {
     c10::impl::_force_tls_local_dispatch_key_set(outer_keys_);
     outer_modes_.make_current();
   }
+  on_close();
   detach();
 }
 
@@ -124,7 +126,10 @@ Suspended::Suspended(LevelPtr level)
 }
 
 Suspended::~Suspended() {
-  if (attached_) level_->close();
+  if (attached_ && is_active(level_.get())) {
+    while (innermost != level_.get()) innermost->close();
+    level_->detach();
+  }
   suspended = outer_;
 }
 

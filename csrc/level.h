@@ -42,6 +42,10 @@ class Level : public c10::intrusive_ptr_target {
   int64_t depth() const { return depth_; }
   Level* parent() const { return parent_.get(); }
 
+ protected:
+  virtual void on_open() {}
+  virtual void on_close() {}
+
  private:
   friend class RunBelow;
   friend class Suspended;

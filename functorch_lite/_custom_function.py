@@ -20,7 +20,7 @@ _plain_apply: Callable[..., Any] = Function.apply.__func__  # type: ignore[attr-
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     level = _C.current_level()
-    if level is None:
+    if level is None or _belongs_to_an_operator(cls):
         return _plain_apply(cls, *args, **kwargs)
     if not any(_C.is_differentiated_below(arg) for arg in args if isinstance(arg, Tensor)):
         return _plain_apply(cls, *args, **kwargs)
@@ -29,6 +29,11 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if isinstance(level, _C.VmapLevel):
         return _apply_batched(cls, level, args)
     return _plain_apply(_one_level_down(cls, level), *args)
+
+
+def _belongs_to_an_operator(cls: type[Function]) -> bool:
+    # torch.library implements register_autograd with a Function inside the operator: each level calls the operator.
+    return cls.forward.__module__.startswith("torch._library")
 
 
 def _one_level_down(cls: type[Function], level: Any) -> type[Function]:
@@ -125,5 +130,3 @@ def _at(result: Any, dim: int | None) -> Any:
 def install() -> None:
     """Make `Function.apply` know levels. Outside of them it is PyTorch's own."""
     Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
-
-

@@ -84,7 +84,9 @@ def test_constants_can_be_written(x):
 
 
 def test_detached_tensor_literal_is_a_constant(x):
-    torch.testing.assert_close(grad(lambda x: (x * torch.tensor([1.0, 2.0, 3.0])).sum())(x), torch.tensor([1.0, 2, 3]).double())
+    torch.testing.assert_close(
+        grad(lambda x: (x * torch.tensor([1.0, 2.0, 3.0])).sum())(x), torch.tensor([1.0, 2, 3]).double()
+    )
 
 
 @pytest.mark.parametrize("through_view", [False, True])
@@ -372,4 +374,6 @@ def test_custom_operator_sees_values_not_wrappers(x):
     torch.testing.assert_close(grad(lambda x: double(x).sin().sum())(x), 2 * (2 * x).cos())
     torch.testing.assert_close(grad(grad(lambda x: double(x).sin()))(x[0]), -4 * (2 * x[0]).sin())
     with pytest.warns(fl.LoopFallbackWarning, match="functorch_lite_test::double has no batching rule"):
-        torch.testing.assert_close(vmap(grad(lambda x: double(x).sum()))(x.expand(2, 3)), torch.full((2, 3), 2.0).double())
+        torch.testing.assert_close(
+            vmap(grad(lambda x: double(x).sum()))(x.expand(2, 3)), torch.full((2, 3), 2.0).double()
+        )

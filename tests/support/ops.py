@@ -106,9 +106,7 @@ def _choices(args: list[Tensor], sample_index: int) -> Iterator[tuple[str, tuple
     wanted.append(("mixed", tuple(r if i % 2 else 0 for i, r in enumerate(ranks))))
     for i in range(len(args)):
         for place, where in places if FULL else [places[sample_index % 3]]:
-            wanted.append(
-                (f"only {i} {place}", tuple(where(r) if k == i else None for k, r in enumerate(ranks)))
-            )
+            wanted.append((f"only {i} {place}", tuple(where(r) if k == i else None for k, r in enumerate(ranks))))
     for label, dims in wanted:
         if dims not in seen:
             seen.add(dims)

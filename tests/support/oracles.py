@@ -16,7 +16,10 @@ class ShapesDiffer(Exception):
 def _examples(in_dims: Sequence[int | None], args: Sequence[Tensor]) -> list[list[Tensor]]:
     size = next(x.shape[dim] for x, dim in zip(args, in_dims, strict=True) if dim is not None)
     return [
-        [x if dim is None else x.select(dim, i).clone(memory_format=torch.contiguous_format) for x, dim in zip(args, in_dims, strict=True)]
+        [
+            x if dim is None else x.select(dim, i).clone(memory_format=torch.contiguous_format)
+            for x, dim in zip(args, in_dims, strict=True)
+        ]
         for i in range(size)
     ]
 
