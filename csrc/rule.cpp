@@ -128,6 +128,10 @@ void register_batching_rules() {
   add_matmul_rules(rules);
   add_indexing_rules(rules);
   add_random_rules(rules);
+  add_loss_rules(rules);
+  add_embedding_rules(rules);
+  add_linalg_rules(rules);
+  add_attention_rules(rules);
   add_default_rows(rules);
 }
 
