@@ -12,9 +12,10 @@
 #include <atomic>
 #include <mutex>
 
-#include "forward_rules.h"
+#include "derivative_rules.h"
 #include "keys.h"
 #include "op_args.h"
+#include "plain_attention.h"
 #include "symbolic_zero.h"
 
 namespace functorch_lite {
@@ -136,9 +137,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
       return foreign ? wrap(tensor, *this) : tensor;
     });
   }
-  if (is_forward()) {
-    if (const auto rule = find_forward_rule(op)) return rule(*this, stack);
-  }
+  if (const auto rule = find_derivative_rule(op, *this)) return rule(*this, stack);
   // Only operators that alias or write have something to do with views and versions; on others the key would lead to
   // a fallthrough, which a redispatch must not name.
   const bool tracks_views = aliasing.any && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
@@ -237,12 +236,10 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
   static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
 }
 
-// Fused attention has no second derivative and no forward mode, its plain form has all.
-void choose_plain_attention(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  constexpr int64_t kPlain = 0;
-  torch::jit::drop(*stack, count_arguments(op));
-  torch::jit::push(*stack, kPlain);
+void choose_plain(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  choose_plain_attention(op, *stack);
 }
+void attend_plainly(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) { plain_attention(op, *stack); }
 
 // kBelowAutograd is a backend key, where kernels shared by all backends would win over a fallback. So the handler
 // is registered on every operator that autograd records, now and, for operators defined later, on first use.
@@ -267,17 +264,25 @@ class Handlers final : public c10::OpRegistrationListener {
       any_pending_.store(false, std::memory_order_release);
     }
     for (const auto& op : operators) {
+      if (op.operator_name().name == "aten::scaled_dot_product_attention") {
+        // Its own composition asks the backend for a fused kernel without passing by _fused_sdp_choice.
+        add(op, kAutograd, c10::KernelFunction::makeFromBoxedFunction<&attend_plainly>());
+        continue;
+      }
       if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
       if (op.hasKernelForDispatchKey(kBelowAutograd)) continue;
-      registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
-          op.operator_name(), kBelowAutograd, kernel_for(op), std::nullopt, nullptr, "functorch_lite: below autograd"));
+      add(op, kBelowAutograd, kernel_for(op));
     }
   }
 
  private:
+  void add(const c10::OperatorHandle& op, c10::DispatchKey key, c10::KernelFunction kernel) {
+    registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
+        op.operator_name(), key, std::move(kernel), std::nullopt, nullptr, "functorch_lite: autodiff level"));
+  }
   static c10::KernelFunction kernel_for(const c10::OperatorHandle& op) {
     const auto& name = op.operator_name().name;
-    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain_attention>();
+    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain>();
     return c10::KernelFunction::makeFromBoxedFunction<&below_autograd>();
   }
 

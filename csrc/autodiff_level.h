@@ -17,6 +17,7 @@ class AutodiffLevel final : public Level {
   explicit AutodiffLevel(Mode mode);
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
+  bool differentiates() const override { return true; }
   const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
   bool is_forward() const override { return mode_ == Mode::kForward; }
 

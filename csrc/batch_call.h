@@ -69,6 +69,8 @@ class BatchCall {
 
   // Wraps all tensor results, the batch at `bdim`. The result of an in-place operator is the argument itself.
   void finish(int64_t bdim = 0);
+  // The same with a batch dimension for each result.
+  void finish_each(c10::ArrayRef<int64_t> bdims);
   // Results that are the same for all examples stay as they are.
   void finish_unbatched() { finish(kNoBatchDim); }
 

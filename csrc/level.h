@@ -31,7 +31,8 @@ class Level : public c10::intrusive_ptr_target {
   // The transform, as messages and `repr` name it.
   virtual const char* kind() const = 0;
 
-  // Whether the level differentiates in forward mode.
+  virtual bool differentiates() const { return false; }
+  // Whether it does so in forward mode.
   virtual bool is_forward() const { return false; }
 
   // Pushes this level on the calling thread's stack; `close` pops it, and any level left open above it.

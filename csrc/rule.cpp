@@ -130,6 +130,10 @@ void register_batching_rules() {
   add_convolution_rules(rules);
   add_pooling_rules(rules);
   add_normalization_rules(rules);
+  add_loss_rules(rules);
+  add_embedding_rules(rules);
+  add_linalg_rules(rules);
+  add_attention_rules(rules);
   add_default_rows(rules);
 }
 

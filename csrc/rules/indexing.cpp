@@ -326,16 +326,6 @@ void narrow_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B,*], num_classes -> y[B,*,num_classes]
-void one_hot_rule(BatchCall& call) {
-  if (call.arg("num_classes").toInt() == -1) {
-    refuse_operator(call.op(), "The number of classes would be the largest value of each example. Pass num_classes.");
-  }
-  call.to_front(0);
-  call.call();
-  call.finish();
-}
-
 // x[B?,*] with src[B?,*] written into part of it; dims count in x.
 struct ScatterView {
   std::vector<size_t> dims;
@@ -368,7 +358,6 @@ void add_indexing_rules(RuleTable& rules) {
   rules.add(&put_rule, {"put", "put_"});
   rules.add(&masked_scatter_rule, {"masked_scatter", "masked_scatter_"});
   rules.add(&narrow_rule, {"narrow.Tensor"});
-  rules.add(&one_hot_rule, {"one_hot"});
   const auto scatter_view = [](std::vector<std::string> names) {
     return Family{"scatter_view", [names](const c10::FunctionSchema& schema) -> Rule {
                     std::vector<size_t> dims;

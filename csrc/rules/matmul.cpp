@@ -107,15 +107,6 @@ void linear_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*,m,k], y[B?,*,n,k] -> distances[B,*,m,n]
-void cdist_rule(BatchCall& call) {
-  const auto rank = std::max(call.rank(0), call.rank(1));
-  call.to_front(0, rank);
-  call.to_front(1, rank);
-  call.call();
-  call.finish();
-}
-
 // x[B,n,k] -> distances[B,n*(n-1)/2] of the pairs of rows
 void pdist_rule(BatchCall& call) {
   const auto& x = call.to_front(0);
@@ -123,19 +114,6 @@ void pdist_rule(BatchCall& call) {
   const auto pairs = at::triu_indices(n, n, 1, x.options().dtype(c10::kLong));
   const auto all = at::_cdist_forward(x, x, call.arg("p").toDouble(), /*compute_mode=*/2);
   call.set_results(at::index_select(flatten_examples(all), 1, pairs.select(0, 0) * n + pairs.select(0, 1)));
-  call.finish();
-}
-
-// sum over a dimension of the product of three tensors; the dimension arguments count in the common rank.
-void trilinear_rule(BatchCall& call) {
-  for (size_t i = 0; i < 3; ++i) call.expand_to_front(i);
-  for (const auto* name : {"expand1", "expand2", "expand3", "sumdim"}) {
-    auto dims = call.arg(name).toIntVector();
-    for (auto& d : dims) d += 1;
-    call.arg(name) = dims;
-  }
-  call.arg("unroll_dim") = call.arg("unroll_dim").toInt() + 1;
-  call.call();
   call.finish();
 }
 
@@ -151,9 +129,7 @@ void add_matmul_rules(RuleTable& rules) {
   rules.add(&addbmm_rule, {"addbmm", "addbmm_"});
   rules.add(&addmv_rule, {"addmv", "addmv_"});
   rules.add(&addr_rule, {"addr", "addr_"});
-  rules.add(&cdist_rule, {"_cdist_forward"});
   rules.add(&pdist_rule, {"_pdist_forward"});
-  rules.add(&trilinear_rule, {"_trilinear"});
   rules.add(&linear_rule, {"linear"});
 }
 

@@ -65,6 +65,13 @@ def _layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(torch.cat([x, x.sin(), x * 2]), (6,)).pow(2)[:2] * x
 
 
+def _layer_norm_by_hand(x: Tensor) -> Tensor:
+    y = torch.cat([x, x.sin(), x * 2])
+    y = y - y.mean()
+    y = y / (y.pow(2).mean() + 1e-5).sqrt()
+    return y.pow(2)[:2] * x
+
+
 def _sort(x: Tensor) -> Tensor:
     return torch.sort(torch.stack([x[0], x[1] * 2, x[0] * x[1]])).values.sin()
 
@@ -129,3 +136,7 @@ FUNCTIONS: dict[str, Function] = {
     "gather": _gather,
     "scatter": _scatter,
 }
+
+#: Where PyTorch's own higher derivatives are wrong, the same function in other operators, for the reference alone:
+#: the third derivative of layer norm differs from finite differences.
+REFERENCES: dict[str, Function] = {"layer_norm": _layer_norm_by_hand}

@@ -1,14 +1,18 @@
-// Forward-mode rules of our own. See forward_rules.h first.
+// Derivative rules of our own. See derivative_rules.h first.
 //
 // Most are compositions of operators whose formulas are right to every order; the composition runs at the level
 // itself, so it needs no formula at all. The linear solvers give the tangent directly: PyTorch's formulas reuse the
-// LU factors, through which no outer level can differentiate.
-#include "forward_rules.h"
+// LU factors, through which no outer level can differentiate. In reverse mode PyTorch's formulas are right once; those
+// of the norms are wrong in the third derivative, and that of det from the third on where tensors are wrappers, so
+// nested levels use a composition too. Judged by finite differences.
+#include "derivative_rules.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_linalg_det.h>
 #include <ATen/ops/_linalg_slogdet.h>
 #include <ATen/ops/_linalg_solve_ex.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/linalg_lu_factor.h>
 #include <ATen/ops/linalg_solve.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/real.h>
@@ -285,34 +289,73 @@ void slogdet(AutodiffLevel& level, Stack& stack) {
   torch::jit::push(stack, sign, logabsdet, lu, pivots);
 }
 
-using Rules = std::unordered_map<c10::OperatorHandle, ForwardRule>;
+// A[*,n,n] -> the diagonal of U, and the sign of the permutation of the rows, in the LU decomposition of A.
+struct Triangular {
+  Tensor lu, pivots, diagonal, parity;
+  explicit Triangular(const Tensor& a) {
+    std::tie(lu, pivots) = at::linalg_lu_factor(a);
+    diagonal = lu.diagonal(0, -2, -1);
+    const auto unmoved = at::arange(1, pivots.size(-1) + 1, pivots.options());
+    parity = pivots.ne(unmoved).sum(-1).remainder(2).mul(-2).add(1).to(a.scalar_type());
+  }
+};
 
-Rules make_rules() {
-  const std::pair<const char*, ForwardRule> rows[] = {
-      {"_softmax_backward_data", softmax_backward},
-      {"_log_softmax_backward_data", log_softmax_backward},
-      {"native_layer_norm", layer_norm},
-      {"native_layer_norm_backward", layer_norm_backward},
-      {"native_group_norm", group_norm},
-      {"native_batch_norm", native_batch_norm},
-      {"_native_batch_norm_legit", native_batch_norm},
-      {"_native_batch_norm_legit.no_stats", batch_norm_without_statistics},
-      {"native_batch_norm_backward", batch_norm_backward},
-      {"_linalg_solve_ex", solve},
-      {"_linalg_det", det},
-      {"_linalg_slogdet", slogdet},
+void det_by_lu(AutodiffLevel&, Stack& stack) {
+  const Triangular t(Arguments(stack, 1).tensor());
+  torch::jit::push(stack, t.diagonal.prod(-1) * t.parity, t.lu, t.pivots);
+}
+
+void slogdet_by_lu(AutodiffLevel&, Stack& stack) {
+  const Triangular t(Arguments(stack, 1).tensor());
+  torch::jit::push(stack, t.diagonal.sgn().prod(-1) * t.parity, t.diagonal.abs().log().sum(-1), t.lu, t.pivots);
+}
+
+constexpr int kNever = 1000;
+
+struct Rules {
+  DerivativeRule forward;
+  DerivativeRule reverse;
+  int reverse_from;  // the number of autodiff levels outside from which reverse mode needs it
+};
+using Table = std::unordered_map<c10::OperatorHandle, Rules>;
+
+Table make_table() {
+  const auto only_forward = [](DerivativeRule rule) { return Rules{rule, nullptr, kNever}; };
+  const auto nested = [](DerivativeRule rule) { return Rules{rule, rule, 1}; };
+  const std::pair<const char*, Rules> rows[] = {
+      {"_softmax_backward_data", only_forward(softmax_backward)},
+      {"_log_softmax_backward_data", only_forward(log_softmax_backward)},
+      {"native_layer_norm", nested(layer_norm)},
+      {"native_layer_norm_backward", nested(layer_norm_backward)},
+      {"native_group_norm", nested(group_norm)},
+      {"native_batch_norm", nested(native_batch_norm)},
+      {"_native_batch_norm_legit", nested(native_batch_norm)},
+      {"_native_batch_norm_legit.no_stats", nested(batch_norm_without_statistics)},
+      {"native_batch_norm_backward", nested(batch_norm_backward)},
+      {"_linalg_solve_ex", only_forward(solve)},
+      {"_linalg_det", {det, det_by_lu, 2}},
+      {"_linalg_slogdet", {slogdet, slogdet_by_lu, 2}},
   };
-  Rules rules;
-  for (const auto& [name, rule] : rows) rules.emplace(find_operator(name), rule);
-  return rules;
+  Table table;
+  for (const auto& [name, rules] : rows) table.emplace(find_operator(name), rules);
+  return table;
+}
+
+int autodiff_levels_outside(const Level& level) {
+  int count = 0;
+  for (const auto* l = level.parent(); l != nullptr; l = l->parent()) count += l->differentiates();
+  return count;
 }
 
 }  // namespace
 
-ForwardRule find_forward_rule(const c10::OperatorHandle& op) {
-  static const Rules rules = make_rules();
-  const auto found = rules.find(op);
-  return found == rules.end() ? nullptr : found->second;
+DerivativeRule find_derivative_rule(const c10::OperatorHandle& op, const AutodiffLevel& level) {
+  static const Table table = make_table();
+  const auto found = table.find(op);
+  if (found == table.end()) return nullptr;
+  const auto& rules = found->second;
+  if (level.is_forward()) return rules.forward;
+  return autodiff_levels_outside(level) >= rules.reverse_from ? rules.reverse : nullptr;
 }
 
 }  // namespace functorch_lite
