@@ -1,4 +1,6 @@
 // The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
+#include <ATen/ops/add.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
@@ -94,9 +96,12 @@ std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level,
   bool seen_outside = false;
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (!outputs[i].requires_grad() || wrapper_at(outputs[i], level.get()) == nullptr) continue;
+    const auto& value = as_wrapper(outputs[i])->value();
     roots.push_back(outputs[i]);
-    root_cotangents.push_back(cotangents[i]);
-    seen_outside |= seen_by_outer_derivative(as_wrapper(outputs[i])->value(), modes);
+    // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
+    root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
+                                                           : at::add(cotangents[i], at::zeros_like(value)));
+    seen_outside |= seen_by_outer_derivative(value, modes);
     seen_outside |= seen_by_outer_derivative(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());

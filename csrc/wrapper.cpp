@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "errors.h"
+#include "vmap_level.h"
 
 namespace functorch_lite {
 
@@ -69,10 +70,26 @@ void Wrapper::refresh() {
   set_sizes_and_strides(without_batch(impl->sizes()), without_batch(impl->strides()), impl->storage_offset());
 }
 
+namespace {
+
+// Zeros that code at `level` may write into: batched at every vmap from there outwards.
+at::Tensor zeros_of_each_example(Level* level, std::vector<c10::SymInt> sizes, const c10::TensorOptions& options) {
+  if (level == nullptr) {
+    const Outside outside;
+    return at::zeros_symint(sizes, options);
+  }
+  const auto* vmap = dynamic_cast<VmapLevel*>(level);
+  if (vmap == nullptr) return zeros_of_each_example(level->parent(), std::move(sizes), options);
+  sizes.insert(sizes.begin(), vmap->batch_size());
+  return wrap(zeros_of_each_example(level->parent(), std::move(sizes), options), *level, 0);
+}
+
+}  // namespace
+
 const at::Tensor& Wrapper::value() const {
   if (C10_UNLIKELY(is_symbolic_zero && !value_.defined())) {
-    RunBelow below(*level_);
-    value_ = at::zeros_symint(sym_sizes(), c10::TensorOptions().dtype(dtype()).device(device()));
+    value_ = zeros_of_each_example(level_->parent(), sym_sizes().vec(),
+                                   c10::TensorOptions().dtype(dtype()).device(device()));
   }
   return value_;
 }

@@ -1,6 +1,6 @@
 // Tensors made in the image of a batched one.
 #include <ATen/ops/as_strided.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/new_zeros.h>
 #include <c10/core/MemoryFormat.h>
 
 #include "rules.h"
@@ -8,15 +8,16 @@
 namespace functorch_lite {
 namespace {
 
-// Zeros z[B,*] of which each example has the given layout: the examples lie behind each other.
-at::Tensor zeros_with_layout(const c10::TensorOptions& options, const c10::SymInt& batch_size,
+// Zeros z[B,*] of which each example has the given layout: the examples lie behind each other. Made from `like`, so
+// that they are batched further down wherever it is.
+at::Tensor zeros_with_layout(const at::Tensor& like, const c10::TensorOptions& options, const c10::SymInt& batch_size,
                              std::vector<c10::SymInt> sizes, std::vector<c10::SymInt> strides,
                              const c10::SymInt& offset) {
   c10::SymInt extent = offset + 1;
   for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1).max(0);
   sizes.insert(sizes.begin(), batch_size);
   strides.insert(strides.begin(), extent);
-  return at::as_strided_symint(at::zeros_symint({batch_size * extent}, options), sizes, strides, offset);
+  return at::as_strided_symint(like.new_zeros_symint({batch_size * extent}, options), sizes, strides, offset);
 }
 
 void new_empty_strided_rule(BatchCall& call) {
@@ -24,7 +25,7 @@ void new_empty_strided_rule(BatchCall& call) {
   auto options = x.options();
   if (!call.arg("dtype").isNone()) options = options.dtype(call.arg("dtype").toScalarType());
   if (!call.arg("device").isNone()) options = options.device(call.arg("device").toDevice());
-  call.set_results(zeros_with_layout(options, call.batch_size(), call.arg("size").toSymIntVector(),
+  call.set_results(zeros_with_layout(x, options, call.batch_size(), call.arg("size").toSymIntVector(),
                                      call.arg("stride").toSymIntVector(), 0));
   call.finish();
 }
@@ -38,7 +39,8 @@ void tangent_zeros_rule(BatchCall& call) {
     sizes.erase(sizes.begin());
     strides.erase(strides.begin());
   }
-  call.set_results(zeros_with_layout(other.options(), call.batch_size(), sizes, strides, other.sym_storage_offset()));
+  call.set_results(zeros_with_layout(call.tensor(0), other.options(), call.batch_size(), sizes, strides,
+                                     other.sym_storage_offset()));
   call.finish();
 }
 
