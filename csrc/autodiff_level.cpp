@@ -95,6 +95,8 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     return run(op, stack);
   }
   if (forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
+  // What torch.tensor() has just made: no view, or the detach_() that follows would refuse it.
+  if (any_here && op.operator_name().name == "aten::lift_fresh") return;
 
   const auto modes = AutogradModes::current();
   any_variable = any_variable && (forward() ? modes.forward_grad : modes.grad);
@@ -123,9 +125,10 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
       return foreign ? wrap(tensor, *this) : tensor;
     });
   }
-  // Only operators that alias or write have something to do with views and versions; on others the key would lead to
-  // a fallthrough, which a redispatch must not name.
-  const bool tracks_views = aliasing.any && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
+  // Only operators that make views have something to do here; on others the key would lead to a fallthrough, which a
+  // redispatch must not name. A write is counted where it happens, below: all levels share one version counter, and
+  // counting again would make what an outer level has just saved look modified.
+  const bool tracks_views = aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
   op.redispatchBoxed(keys - c10::impl::tls_local_dispatch_key_set().excluded_, &stack);
 }

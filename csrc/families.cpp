@@ -190,10 +190,12 @@ struct ReduceAll {
 struct Shaped {
   size_t size;
   std::vector<size_t> dims;
-  bool pads;  // the size may have more dimensions than the tensor
+  bool pads;    // the size may have more dimensions than the tensor
+  bool infers;  // a size of -1 is what remains
   void operator()(BatchCall& call) const {
     auto sizes = call.arg(size).toSymIntVector();
     const auto rank = static_cast<int64_t>(sizes.size());
+    if (infers && call.batch_size() == 0) infer_size(call, sizes);
     for (size_t i = 0; i < call.size(); ++i) {
       if (call.is_batched(i)) call.to_front(i, pads ? rank : 0);
     }
@@ -202,6 +204,21 @@ struct Shaped {
     for (auto position : dims) shift_dims(call.arg(position), rank);
     call.call();
     call.finish();
+  }
+  // An empty batch leaves nothing to infer a size of -1 from, so it is taken from one example.
+  static void infer_size(BatchCall& call, std::vector<c10::SymInt>& sizes) {
+    const auto& x = call.to_front(0);
+    c10::SymInt remaining = 1;
+    for (int64_t d = 1; d < x.dim(); ++d) remaining = remaining * x.sym_size(d);
+    auto inferred = sizes.end();
+    for (auto it = sizes.begin(); it != sizes.end(); ++it) {
+      if (*it == -1) {
+        inferred = it;
+      } else if (*it != 0) {
+        remaining = remaining / *it;
+      }
+    }
+    if (inferred != sizes.end()) *inferred = remaining;
   }
 };
 
@@ -275,7 +292,8 @@ Family shaped(std::string size, std::vector<std::string> dims) {
   return {"shaped", [size = std::move(size), dims = std::move(dims)](const c10::FunctionSchema& schema) -> Rule {
             const auto name = schema.name();
             const bool pads = name == "aten::expand" || name == "aten::repeat";
-            return Shaped{position_of(schema, size), positions_of(schema, dims), pads};
+            const bool infers = name == "aten::view" || name == "aten::_unsafe_view";
+            return Shaped{position_of(schema, size), positions_of(schema, dims), pads, infers};
           }};
 }
 

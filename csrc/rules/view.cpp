@@ -35,6 +35,12 @@ void unsqueeze_rule(BatchCall& call) {
   call.finish();
 }
 
+// Its callers know that one example is contiguous, which does not say how the batch is laid out: it may need a copy.
+void unsafe_view_rule(BatchCall& call) {
+  call.arg(0) = call.to_front(0).contiguous();
+  shaped("size").rule_for(call.schema())(call);
+}
+
 // x[B,m,n] -> x[B,n,m]; vectors and scalars stay.
 void t_rule(BatchCall& call) {
   const auto& x = call.to_front(0);
@@ -119,6 +125,7 @@ void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
 void add_view_rules(RuleTable& rules) {
   rules.add(&squeeze_rule, {"squeeze", "squeeze_copy"});
   rules.add(&unsqueeze_rule, {"unsqueeze", "unsqueeze_copy"});
+  rules.add(&unsafe_view_rule, {"_unsafe_view"});
   rules.add(&t_rule, {"t"});
   rules.add(&permute_rule, {"permute", "permute_copy"});
   rules.add(&roll_rule, {"roll"});
@@ -155,7 +162,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(along({"dims"}), {"flip"});
   rules.add(along({"dim0", "dim1"}), {"transpose.int"});
   rules.add(along({"dim1", "dim2"}), {"diagonal", "linalg_diagonal"});
-  rules.add(shaped("size"), {"view", "expand", "_unsafe_view", "new_empty", "new_zeros", "new_ones", "new_full"});
+  rules.add(shaped("size"), {"view", "expand", "new_empty", "new_zeros", "new_ones", "new_full"});
   rules.add(shaped("repeats"), {"repeat"});
   rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
   rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
