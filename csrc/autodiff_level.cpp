@@ -1,6 +1,7 @@
 // The autodiff level: record with PyTorch's autograd, run one level down. See autodiff_level.h first.
 #include "autodiff_level.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/alias.h>
@@ -95,8 +96,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     return run(op, stack);
   }
   if (forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
-  // What torch.tensor() has just made: no view, or the detach_() that follows would refuse it.
-  if (any_here && op.operator_name().name == "aten::lift_fresh") return;
+  if (op.operator_name().name == "aten::lift_fresh") return lift_fresh(op, stack, any_here);
 
   const auto modes = AutogradModes::current();
   any_variable = any_variable && (forward() ? modes.forward_grad : modes.grad);
@@ -128,9 +128,21 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   // Only operators that make views have something to do here; on others the key would lead to a fallthrough, which a
   // redispatch must not name. A write is counted where it happens, below: all levels share one version counter, and
   // counting again would make what an outer level has just saved look modified.
-  const bool tracks_views = aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
+  const bool tracks_views =
+      aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
   op.redispatchBoxed(keys - c10::impl::tls_local_dispatch_key_set().excluded_, &stack);
+}
+
+// What torch.tensor() has just made belongs to this level. It is no view, or the detach_() that follows would refuse it.
+void AutodiffLevel::lift_fresh(const c10::OperatorHandle& op, Stack& stack, bool is_here) {
+  if (is_here) return;
+  {
+    RunBelow below(*this);
+    at::AutoDispatchBelowADInplaceOrView no_view;
+    if (current_level() != nullptr) op.callBoxed(&stack);
+  }
+  stack.back() = wrap(stack.back().toTensor(), *this);
 }
 
 void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, bool may_be_captured) {

@@ -35,6 +35,7 @@ class AutodiffLevel final : public Level {
   void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool may_be_captured);
 
  private:
+  void lift_fresh(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool is_here);
   bool needs_derivative(const at::Tensor& tensor) const;
   Mode mode_;
 };
