@@ -138,9 +138,11 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     });
   }
   if (const auto rule = find_derivative_rule(op, *this)) return rule(*this, stack);
-  // Only operators that alias or write have something to do with views and versions; on others the key would lead to
-  // a fallthrough, which a redispatch must not name.
-  const bool tracks_views = aliasing.any && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
+  // Only operators that make views have something to do here; on others the key would lead to a fallthrough, which a
+  // redispatch must not name. A write is counted where it happens, below: all levels share one version counter, and
+  // counting again would make what an outer level has just saved look modified.
+  const bool tracks_views =
+      aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
   op.redispatchBoxed(keys, &stack);
 }

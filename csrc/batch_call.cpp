@@ -126,21 +126,26 @@ void BatchCall::take_results(Stack results) {
   for (auto& result : results) stack_.push_back(std::move(result));
 }
 
-void BatchCall::finish(int64_t bdim) { finish_each(c10::SmallVector<int64_t, 8>(count_results(), bdim)); }
+void BatchCall::finish(int64_t bdim) {
+  for (size_t i = 0; i < count_results(); ++i) finish_result(i, bdim);
+}
 
 void BatchCall::finish_each(c10::ArrayRef<int64_t> bdims) {
-  for (size_t i = 0; i < count_results(); ++i) {
-    if (i < written_.size() && !written_[i].isNone()) {
-      result(i) = std::move(written_[i]);
-      for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
-        if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
-      });
-    } else if (bdims[i] != kNoBatchDim && result(i).isTensor()) {
-      auto& tensor = result(i).toTensor();
-      if (tensor.defined()) tensor = wrap(std::move(tensor), level_, bdims[i]);
-    } else if (bdims[i] != kNoBatchDim) {
-      replace_tensors(&result(i), 1, [&](const at::Tensor& tensor) { return wrap(tensor, level_, bdims[i]); });
-    }
+  TORCH_INTERNAL_ASSERT(bdims.size() == count_results());
+  for (size_t i = 0; i < count_results(); ++i) finish_result(i, bdims[i]);
+}
+
+void BatchCall::finish_result(size_t i, int64_t bdim) {
+  if (i < written_.size() && !written_[i].isNone()) {
+    result(i) = std::move(written_[i]);
+    for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
+      if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
+    });
+  } else if (bdim != kNoBatchDim && result(i).isTensor()) {
+    auto& tensor = result(i).toTensor();
+    if (tensor.defined()) tensor = wrap(std::move(tensor), level_, bdim);
+  } else if (bdim != kNoBatchDim) {
+    replace_tensors(&result(i), 1, [&](const at::Tensor& tensor) { return wrap(tensor, level_, bdim); });
   }
 }
 

@@ -75,6 +75,7 @@ class BatchCall {
   void finish_unbatched() { finish(kNoBatchDim); }
 
  private:
+  void finish_result(size_t i, int64_t bdim);
   const std::vector<bool>* batched_elements(size_t i) const;
 
   const c10::OperatorHandle& op_;

@@ -7,6 +7,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scatter.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -44,8 +45,35 @@ at::Tensor count_into(const c10::SymInt& n, const at::Tensor& index, const at::T
   return sum_into(n, index, counted.to(c10::kLong).unsqueeze(-1)).squeeze(-1);
 }
 
+// One call for each example. Padding and scaling by frequency are not part of the value but of its derivative, which an
+// enclosing transform takes from the operator itself, and the operator has one table and one frequency of indices.
+bool call_each(BatchCall& call, const c10::OperatorHandle& op) {
+  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
+  if (batch_size == 0) return false;
+  std::vector<Stack> examples;
+  for (int64_t b = 0; b < batch_size; ++b) {
+    Stack example;
+    for (size_t i = 0; i < call.size(); ++i) {
+      example.push_back(call.is_batched(i) ? c10::IValue(call.to_front(i).select(0, b)) : call.arg(i));
+    }
+    op.callBoxed(&example);
+    examples.push_back(std::move(example));
+  }
+  Stack results;
+  for (size_t r = 0; r < examples[0].size(); ++r) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& example : examples) tensors.push_back(example[r].toTensor());
+    results.emplace_back(at::stack(tensors));
+  }
+  call.take_results(std::move(results));
+  call.finish();
+  return true;
+}
+
 // weight[B?,n,d], index[B?,*] -> y[B,*,d]
 void embedding_rule(BatchCall& call) {
+  const bool pads = call.is_batched(0) && call.arg("padding_idx").toSymInt() >= 0;
+  if ((pads || call.arg("scale_grad_by_freq").toBool()) && call_each(call, call.op())) return;
   const auto& index = call.to_front(1);
   const auto& w = call.to_front(0);
   if (!call.is_batched(0)) {
@@ -141,7 +169,8 @@ struct Bags {
   }
   at::Tensor is_empty() const { return (size == 0).unsqueeze(-1); }
 
-  // y[B,K,d] -> max[B,n,d], and the table index[B,n,d] of the first entry that attains it.
+  // y[B,K,d] -> max[B,n,d], and the table index[B,n,d] of the first entry that attains it, which alone has the
+  // gradient.
   std::pair<at::Tensor, at::Tensor> max(const at::Tensor& y) const {
     const auto entries = y.sym_size(1);
     const auto features = y.sym_size(2);
@@ -157,7 +186,7 @@ struct Bags {
     const auto first = at::zeros_symint({y.sym_size(0), n + 1, features}, candidates.options())
                            .scatter_reduce(1, target, candidates, "amin", /*include_self=*/false)
                            .narrow_symint(1, 0, n);
-    return {largest, at::gather(with_features(index, features), 1, first)};
+    return {at::where(is_empty(), 0, at::gather(y, 1, first)), at::gather(with_features(index, features), 1, first)};
   }
 };
 
@@ -174,6 +203,8 @@ void refuse_sparse(BatchCall& call) {
 // weight[B?,n,d], indices[B?,K], offsets[B?,m], per_sample_weights[B?,K]
 //   -> y[B,m,d], offset2bag[B,K], bag_size[B,m], max_indices[B,m,d]
 void embedding_bag_rule(BatchCall& call) {
+  // The forward-only form has no derivative, which an enclosing transform may want.
+  if (call.arg("scale_grad_by_freq").toBool() && call_each(call, find_operator("_embedding_bag"))) return;
   auto bags_count = last_logical_size(call, call.position("offsets"), 1);
   if (call.arg("include_last_offset").toBool()) bags_count = bags_count - 1;
   const Bags bags(call, bags_count);
@@ -196,6 +227,7 @@ void embedding_bag_rule(BatchCall& call) {
 // grad[B?,m,d], indices[B?,K], .. -> grad_weight[B,n,d]
 void embedding_bag_backward_rule(BatchCall& call) {
   if (call.find("sparse")) refuse_sparse(call);
+  if (call.arg("scale_grad_by_freq").toBool() && call_each(call, call.op())) return;
   const auto grad = call.expand_to_front(0);
   const Bags bags(call, grad.sym_size(1));
   const auto n = call.arg("num_weights").toSymInt();
@@ -210,10 +242,6 @@ void embedding_bag_backward_rule(BatchCall& call) {
   auto entries = bags.of_entries(mode == kMean ? grad / bags.size.clamp_min(1).unsqueeze(-1) : grad);
   const auto scales = call.position("per_sample_weights");
   if (call.is_tensor(scales)) entries = entries * call.expand_to_front(scales).unsqueeze(-1);
-  if (call.arg("scale_grad_by_freq").toBool()) {
-    const auto frequency = count_into(n, bags.index, at::ones_like(bags.index));
-    entries = entries / at::gather(frequency, 1, bags.index.to(c10::kLong)).unsqueeze(-1);
-  }
   call.set_results(sum_into(n, bags.index, at::where(bags.counts.unsqueeze(-1), entries, 0)));
   call.finish();
 }

@@ -1,13 +1,16 @@
 // Linear algebra. The operators take leading dimensions, so most rules say which ranks the matrices have as user code
 // sees them: that tells a vector right-hand side from a matrix one.
+#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_linalg_check_errors.h>
 #include <ATen/ops/diagonal.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/permute.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
 
+#include "../fallback.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -102,9 +105,19 @@ void factored_solve_rule(BatchCall& call) {
     return call.finish();
   }
   const auto rank = std::max(call.rank(0), call.rank(2));
-  call.expand_to_front(0, rank);
-  call.expand_to_front(1, rank - 1);
-  call.arg(2) = align(call, 2, rank);
+  const auto factor = call.expand_to_front(0, rank);
+  const auto pivots = call.expand_to_front(1, rank - 1);
+  const auto b = align(call, 2, rank);
+  // Not left to broadcasting: PyTorch 2.13 computes wrong numbers from a factor with leading dimensions of size 1.
+  const auto leading = at::infer_size_symint(factor.sym_sizes().slice(0, rank - 1), b.sym_sizes().slice(0, rank - 1));
+  const auto expanded = [&](const at::Tensor& x, int64_t core) {
+    std::vector<c10::SymInt> sizes(leading.begin(), leading.end());
+    for (auto d = x.dim() - core; d < x.dim(); ++d) sizes.push_back(x.sym_size(d));
+    return x.expand_symint(sizes).contiguous();
+  };
+  call.arg(0) = expanded(factor, 2);
+  call.arg(1) = expanded(pivots, 1);
+  call.arg(2) = expanded(b, 2);
   call.call();
   call.finish();
 }
@@ -193,6 +206,29 @@ void pinv_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B,*,n,n] -> y[B,*,n,n]; the kernel views its argument as one stack of matrices.
+void matrix_exp_rule(BatchCall& call) {
+  call.arg(0) = call.to_front(0).contiguous();
+  call.call();
+  call.finish();
+}
+
+// Derivative formulas of decompositions check with allclose that the function does not depend on the phases of complex
+// vectors: all examples must pass. Elsewhere its bool would have to differ between examples.
+void allclose_rule(BatchCall& call) {
+  const auto node = torch::autograd::get_current_node();
+  const auto formula = node ? node->name() : std::string();
+  const bool is_check = formula.rfind("LinalgSvd", 0) == 0 || formula.rfind("LinalgEig", 0) == 0;
+  if (!is_check) {
+    refuse_operator(call.op(),
+                    "It turns tensor values into a Python bool, and each example has another value. Use torch.isclose "
+                    "and torch.where, and keep values in tensors.");
+  }
+  int64_t rank = std::max(call.rank(0), call.rank(1));
+  for (size_t i = 0; i < 2; ++i) call.expand_to_front(i, rank);
+  call.call();
+}
+
 // x[B,m,n] -> y[B]
 void trace_rule(BatchCall& call) {
   TORCH_CHECK(call.rank(0) == 2, "trace: expected a matrix, got ", call.rank(0), " dimensions.");
@@ -233,9 +269,11 @@ void trilinear_rule(BatchCall& call) {
 }  // namespace
 
 void add_linalg_rules(RuleTable& rules) {
-  rules.add(front(), {"linalg_inv_ex", "linalg_cholesky_ex", "cholesky", "cholesky_inverse", "geqrf", "linalg_eig",
-                      "_linalg_eigvals", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex",
-                      "linalg_ldl_factor_ex", "linalg_matrix_exp"});
+  rules.add(front(),
+            {"linalg_inv_ex", "linalg_cholesky_ex", "cholesky", "cholesky_inverse", "geqrf", "linalg_eig",
+             "_linalg_eigvals", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_ldl_factor_ex"});
+  rules.add(&matrix_exp_rule, {"linalg_matrix_exp"});
+  rules.add(&allclose_rule, {"allclose"});
   rules.add(expanded(), {"linalg_householder_product", "ormqr"});
   rules.add(&optional_matrices_rule, {"_linalg_svd", "_linalg_eigh", "linalg_qr", "linalg_lu", "lu_unpack"});
   rules.add(&solve_ex_rule, {"_linalg_solve_ex"});

@@ -53,6 +53,11 @@ void elementwise_loss_backward_rule(BatchCall& call) {
   if (reduction == at::Reduction::Mean) {
     call.arg("grad_output") = call.arg("grad_output").toTensor() / elements_per_example(call.arg("self").toTensor());
   }
+  // Not left to broadcasting: some kernels squeeze the gradient first.
+  if (reduction != at::Reduction::None) {
+    const auto& sizes = call.arg("self").toTensor().sym_sizes();
+    call.arg("grad_output") = call.arg("grad_output").toTensor().expand_symint(sizes);
+  }
   call.call();
   call.finish();
 }
@@ -144,7 +149,7 @@ class Rows {
   // grad[B?] or grad[B?,N] -> grad[B*N], for the loss without reduction.
   at::Tensor stack_gradient() {
     auto grad = call_.expand_to_front(call_.position("grad_output"));
-    if (reduction_ != at::Reduction::None) grad = grad.unsqueeze(-1);
+    if (grad.dim() == 1) grad = grad.unsqueeze(-1);
     if (reduction_ == at::Reduction::Mean) grad = grad / count_;
     return grad.expand_symint({call_.batch_size(), count_}).reshape_symint({batch_rows()});
   }

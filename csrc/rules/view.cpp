@@ -36,6 +36,12 @@ void unsqueeze_rule(BatchCall& call) {
   call.finish();
 }
 
+// Its callers know that one example is contiguous, which does not say how the batch is laid out: it may need a copy.
+void unsafe_view_rule(BatchCall& call) {
+  call.arg(0) = call.to_front(0).contiguous();
+  shaped("size").rule_for(call.schema())(call);
+}
+
 // x[B,m,n] -> x[B,n,m]; vectors and scalars stay.
 void t_rule(BatchCall& call) {
   const auto& x = call.to_front(0);
@@ -76,6 +82,32 @@ c10::SymInt span(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
   c10::SymInt result = 1;
   for (size_t d = 0; d < sizes.size(); ++d) result = result + strides[d] * (sizes[d] - 1);
   return result;
+}
+
+// How many elements of an example lie `x.stride(dim)` apart, counting on through dimensions that continue it.
+c10::SymInt run_length(const at::Tensor& x, int64_t dim) {
+  auto length = x.sym_size(dim);
+  for (int64_t k = 1; k < x.dim(); ++k) {
+    if (k == dim || x.sym_size(k) <= 1 || x.sym_stride(k) != x.sym_stride(dim) * length) continue;
+    length = length * x.sym_size(k);
+    k = 0;
+  }
+  return length;
+}
+
+// Whether each dimension of the view walks along one of the example's own: then it stays on the example's elements,
+// also where examples interleave, as for tangents that follow the views of their primals.
+bool follows_dimensions(const at::Tensor& x, const std::vector<c10::SymInt>& sizes,
+                        const std::vector<c10::SymInt>& strides) {
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    bool found = sizes[d] <= 1 || strides[d] == 0;
+    for (int64_t k = 1; k < x.dim() && !found; ++k) {
+      if (x.sym_size(k) <= 1 || x.sym_stride(k) == 0 || strides[d] % x.sym_stride(k) != 0) continue;
+      found = strides[d] / x.sym_stride(k) * (sizes[d] - 1) < run_length(x, k);
+    }
+    if (!found) return false;
+  }
+  return true;
 }
 
 // The view that user code describes is in one example's memory; the batch keeps its own stride. So the examples must
@@ -191,6 +223,7 @@ void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
 void add_view_rules(RuleTable& rules) {
   rules.add(&squeeze_rule, {"squeeze", "squeeze_copy"});
   rules.add(&unsqueeze_rule, {"unsqueeze", "unsqueeze_copy"});
+  rules.add(&unsafe_view_rule, {"_unsafe_view"});
   rules.add(&t_rule, {"t"});
   rules.add(&permute_rule, {"permute", "permute_copy"});
   rules.add(&roll_rule, {"roll"});
@@ -215,8 +248,8 @@ void add_view_rules(RuleTable& rules) {
   rules.add(along({"dims"}), {"flip"});
   rules.add(along({"dim0", "dim1"}), {"transpose.int", "transpose_copy.int"});
   rules.add(along({"dim1", "dim2"}), {"diagonal", "linalg_diagonal"});
-  rules.add(shaped("size"), {"view", "view_copy", "expand", "expand_copy", "_unsafe_view", "_reshape_copy", "new_empty",
-                             "new_zeros", "new_ones", "new_full"});
+  rules.add(shaped("size"), {"view", "view_copy", "expand", "expand_copy", "_reshape_copy", "new_empty", "new_zeros",
+                             "new_ones", "new_full"});
   rules.add(&repeat_rule, {"repeat"});
   rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
   rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
