@@ -205,7 +205,6 @@ struct Shaped {
   void operator()(BatchCall& call) const {
     auto sizes = call.arg(size).toSymIntVector();
     const auto rank = static_cast<int64_t>(sizes.size());
-    if (infers && call.batch_size() == 0) infer_size(call, sizes);
     for (size_t i = 0; i < call.size(); ++i) {
       if (call.is_batched(i)) call.to_front(i, pads ? rank : 0);
     }
