@@ -78,6 +78,7 @@ bool AutodiffLevel::needs_derivative(const at::Tensor& tensor) const {
 }
 
 void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
+  if (is_forward() && try_tangent_question(op, stack, *this)) return;
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
   bool any_here = false;
@@ -101,7 +102,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     replace_tensors(arguments, n, strip_closed_levels);
     return run(op, stack);
   }
-  if (is_forward() && try_tangent_shortcut(op, stack, any_zero, *this)) return;
+  if (any_zero && try_zero_arithmetic(op, stack, *this)) return;
 
   const auto modes = AutogradModes::current();
   any_variable = any_variable && (is_forward() ? modes.forward_grad : modes.grad);

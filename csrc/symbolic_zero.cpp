@@ -15,6 +15,7 @@ struct Operators {
   c10::OperatorHandle make_zero = find_operator("_efficientzerotensor");
   c10::OperatorHandle primal = find_operator("_fw_primal");
   c10::OperatorHandle same_storage_size = find_operator("_has_same_storage_numel");
+  c10::OperatorHandle same_size = find_operator("is_same_size");
   c10::OperatorHandle mul = find_operator("mul.Tensor");
   c10::OperatorHandle div = find_operator("div.Tensor");
   c10::OperatorHandle add = find_operator("add.Tensor");
@@ -66,7 +67,7 @@ at::Tensor sum_with_zero(const Arithmetic& sum, const at::Scalar& factor_of_b) {
 
 }  // namespace
 
-bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level) {
+bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level) {
   const auto& known = operators();
   if (op == known.make_zero) {
     const auto* arguments = stack.data() + stack.size() - 5;  // size, dtype, layout, device, pin_memory
@@ -93,7 +94,19 @@ bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_
     torch::jit::push(stack, true);
     return true;
   }
-  if (!any_zero) return false;
+  if (op == known.same_size) {
+    // Asked of a view before it has its tangent. Looking for that here would derive it from the base's.
+    const auto* arguments = stack.data() + stack.size() - 2;
+    const bool same = arguments[0].toTensor().sym_sizes() == arguments[1].toTensor().sym_sizes();
+    torch::jit::drop(stack, 2);
+    torch::jit::push(stack, same);
+    return true;
+  }
+  return false;
+}
+
+bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level) {
+  const auto& known = operators();
   const bool multiplies = op == known.mul || op == known.div;
   const bool adds = op == known.add || op == known.sub;
   if (!multiplies && !adds) return false;

@@ -11,8 +11,11 @@ namespace functorch_lite {
 
 class Level;
 
-// Handles the call if it is one of those that the formulas make around tangents (a zero, a primal without its tangent,
-// a question about storage), or simple arithmetic with a zero argument. Returns false if it has to run as usual.
-bool try_tangent_shortcut(const c10::OperatorHandle& op, Stack& stack, bool any_zero, Level& level);
+// Answers the call if it is one of those that the formulas make around tangents: a zero, a primal without its tangent, a
+// question about sizes or storage. Returns false if it has to run as usual.
+bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level);
+
+// Computes the call if it is simple arithmetic and an argument is a symbolic zero. Returns false otherwise.
+bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level);
 
 }  // namespace functorch_lite

@@ -28,14 +28,17 @@ def describe(tensor: Tensor) -> str | None:
         parts.append("requires_grad=True" if tensor.grad_fn is None else f"grad_fn=<{tensor.grad_fn.name()}>")
     inner = describe(value)
     if inner is None:
-        with _C.Outside():
-            inner = repr(value)
+        inner = repr(value)
     indented = inner.replace("\n", "\n    ")
     return f"{name}({', '.join(parts)}, value=\n    {indented})"
 
 
 def _str(tensor: Tensor, *args: Any, **kwargs: Any) -> str:
-    return describe(tensor) or _plain_str(tensor, *args, **kwargs)
+    description = describe(tensor)
+    if description is None:
+        with _C.Outside():  # printing computes, and a plain tensor prints as outside any transform
+            description = _plain_str(tensor, *args, **kwargs)
+    return description
 
 
 def _format(tensor: Tensor, spec: str) -> str:

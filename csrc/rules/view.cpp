@@ -119,8 +119,9 @@ void as_strided_rule(BatchCall& call) {
   const auto& step = x.sym_stride(0);
   if (step != 0 && call.batch_size() > 1) {
     const auto seen = span(x.sym_sizes().slice(1), x.sym_strides().slice(1));
-    TORCH_CHECK_VALUE(seen <= step && span(sizes, strides) <= step, "vmap: as_strided to size ",
-                      c10::SymIntArrayRef(sizes), " and stride ", c10::SymIntArrayRef(strides),
+    TORCH_CHECK_VALUE((seen <= step && span(sizes, strides) <= step) || follows_dimensions(x, sizes, strides),
+                      "vmap: as_strided to size ", c10::SymIntArrayRef(sizes), " and stride ",
+                      c10::SymIntArrayRef(strides),
                       " would read other examples: it describes memory, and the batch lies in this memory too. Use "
                       "indexing, view or unfold, which describe values, or call it on x.clone().");
   }
