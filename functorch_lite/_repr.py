@@ -35,12 +35,21 @@ def describe(tensor: Tensor) -> str | None:
 
 
 def _str(tensor: Tensor, *args: Any, **kwargs: Any) -> str:
-    return describe(tensor) or _plain_str(tensor, *args, **kwargs)
+    description = describe(tensor)
+    if description is not None:
+        return description
+    # PyTorch formats with operators, whose results would be wrappers of an open level.
+    with _C.Outside():
+        return _plain_str(tensor, *args, **kwargs)
 
 
 def _format(tensor: Tensor, spec: str) -> str:
     # f"{x}" of a scalar asks for x.item(), which a batch does not have.
-    return describe(tensor) or _plain_format(tensor, spec)
+    description = describe(tensor)
+    if description is not None:
+        return description
+    with _C.Outside():
+        return _plain_format(tensor, spec)
 
 
 def install() -> None:
