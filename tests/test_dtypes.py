@@ -45,7 +45,8 @@ def test_first_order(name, dtype):
     variable = x.clone().requires_grad_()
     _close(grad(lambda x: f(x).abs().sum())(x), torch.autograd.grad(f(variable).abs().sum(), variable)[0])
     rows = [torch.autograd.grad(y, variable, torch.ones_like(y), retain_graph=True)[0] for y in f(variable)]
-    _close(jacrev(f)(x), torch.stack(rows))
+    # The Jacobian of a holomorphic function is its complex derivative, in reverse mode too.
+    _close(jacrev(f)(x), torch.stack(rows).conj().resolve_conj())
 
 
 @every_function
@@ -66,7 +67,8 @@ def test_hessian_of_a_real_function_of_complex_numbers(name):
     step = 1e-6
     expected = (slope(x + step * v) - slope(x - step * v)) / (2 * step)
     torch.testing.assert_close(jvp(slope, (x,), (v,))[1], expected, rtol=1e-6, atol=1e-7)
-    assert hessian(lambda x: f(x).abs().sum())(x).shape == (3, 3)
+    with pytest.raises(ValueError, match="has no complex derivative"):
+        hessian(lambda x: f(x).abs().sum())(x)
 
 
 @every_function
@@ -79,7 +81,7 @@ def test_no_examples(name, dtype):
         (vmap(f)(xs), (0, 3)),
         (vmap(grad(total))(xs), (0, 3)),
         (vmap(jacrev(f))(xs), (0, 3, 3)),
-        (vmap(hessian(total))(xs), (0, 3, 3)),
+        (vmap(hessian(lambda x: f(x).sum()))(xs), (0, 3, 3)),
     ]:
         assert result.shape == sizes
         assert result.dtype == dtype

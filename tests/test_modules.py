@@ -90,7 +90,7 @@ def test_per_sample_gradients(name):
     torch.manual_seed(0)
     make, data = NETWORKS[name]
     module, xs = make().double(), _double(data())
-    loss = lambda params, x: functional_call(module, params, (x[None],)).sin().sum()
+    loss = lambda params, x: functional_call(module, params, (x[None],)).sin().sum()  # noqa: E731
     result = vmap(grad(loss), in_dims=(None, 0))(_state(module), xs)
     names, params = zip(*module.named_parameters(), strict=True)
     rows = [torch.autograd.grad(module(x[None]).sin().sum(), params) for x in xs]
@@ -104,7 +104,7 @@ def test_ensemble(name):
     make, data = NETWORKS[name]
     models, xs = [make().double() for _ in range(3)], _double(data())
     params, buffers = stack_module_state(models)
-    call = lambda params, buffers, x: functional_call(models[0], (params, buffers), (x,))
+    call = lambda params, buffers, x: functional_call(models[0], (params, buffers), (x,))  # noqa: E731
     result = vmap(call, in_dims=(0, 0, None))(params, buffers, xs)
     torch.testing.assert_close(result, torch.stack([model(xs) for model in models]))
 

@@ -19,7 +19,7 @@ def _close(actual, expected):
 
 def _random(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*sizes, dtype=torch.float64, generator=generator) * 0.8 + 0.2
+    return torch.rand(sizes, dtype=torch.float64, generator=generator) * 0.8 + 0.2
 
 
 @every_function
@@ -79,7 +79,7 @@ def _reference_grad(f, x):
     return torch.autograd.grad(f(x[0]) + f(x[1]), x, create_graph=True)[0]
 
 
-@pytest.mark.parametrize(("outer", "inner"), product(LEVELS, repeat=2))
+@pytest.mark.parametrize(("outer", "inner"), list(product(LEVELS, repeat=2)))
 def test_values_of_two_levels_meet(outer, inner):
     fresh = _random(2, 2, seed=3)
 
