@@ -39,12 +39,12 @@ def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
 
 def _chunks(leaves: Sequence[Tensor], chunk_size: int | None) -> Iterator[tuple[int, int]]:
     total = sum(leaf.numel() for leaf in leaves)
-    step = total if chunk_size is None else chunk_size
-    if total == 0:
-        yield 0, 0
+    # A range would make a symbolic size a number.
+    if chunk_size is None or total == 0:
+        yield 0, total
         return
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
+    for start in range(0, total, chunk_size):
+        yield start, min(start + chunk_size, total)
 
 
 def _apply_to_basis(
