@@ -15,7 +15,7 @@
 #include "derivative_rules.h"
 #include "keys.h"
 #include "op_args.h"
-#include "plain_attention.h"
+#include "plain_compositions.h"
 #include "symbolic_zero.h"
 
 namespace functorch_lite {
@@ -242,7 +242,9 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
 void choose_plain(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   choose_plain_attention(op, *stack);
 }
-void attend_plainly(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) { plain_attention(op, *stack); }
+void run_plain_composition(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  find_plain_composition(op.operator_name().name)(op, *stack);
+}
 
 // kBelowAutograd is a backend key, where kernels shared by all backends would win over a fallback. So the handler
 // is registered on every operator that autograd records, now and, for operators defined later, on first use.
@@ -267,9 +269,8 @@ class Handlers final : public c10::OpRegistrationListener {
       any_pending_.store(false, std::memory_order_release);
     }
     for (const auto& op : operators) {
-      if (op.operator_name().name == "aten::scaled_dot_product_attention") {
-        // Its own composition asks the backend for a fused kernel without passing by _fused_sdp_choice.
-        add(op, kAutograd, c10::KernelFunction::makeFromBoxedFunction<&attend_plainly>());
+      if (op.operator_name().overload_name.empty() && find_plain_composition(op.operator_name().name) != nullptr) {
+        add(op, kAutograd, c10::KernelFunction::makeFromBoxedFunction<&run_plain_composition>());
         continue;
       }
       if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;

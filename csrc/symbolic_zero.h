@@ -11,8 +11,8 @@ namespace functorch_lite {
 
 class Level;
 
-// Answers the call if it is one of those that the formulas make around tangents: a zero, a primal without its tangent, a
-// question about sizes or storage. Returns false if it has to run as usual.
+// Answers the call if it is one of those that the formulas make around tangents: a zero, a primal without its tangent,
+// a question about sizes or storage. Returns false if it has to run as usual.
 bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level);
 
 // Computes the call if it is simple arithmetic and an argument is a symbolic zero. Returns false otherwise.

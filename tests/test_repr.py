@@ -41,9 +41,7 @@ def test_batch_of_scalars():
     assert inside == "BatchedTensor(level=1, batch_dim=0, batch_size=2, shape=(), value=\n    tensor([1., 1.]))"
 
 
-@pytest.mark.parametrize(
-    ("transform", "head"), [(grad, "GradTensor({}, requires_grad=True"), (_push, "DualTensor({}")]
-)
+@pytest.mark.parametrize(("transform", "head"), [(grad, "GradTensor({}, requires_grad=True"), (_push, "DualTensor({}")])
 def test_autodiff(transform, head):
     for text, level in zip(_printed(transform, torch.tensor(2.0)), ("level=1", "level closed"), strict=True):
         assert text == head.format(level) + ", value=\n    tensor(2.))"
@@ -81,7 +79,7 @@ def test_print(capsys):
 
 def test_printing_inside_does_not_change_the_result():
     x = torch.rand(2, 3)
-    f = lambda x: (repr(x), (x * x).sum())[1]
+    f = lambda x: (repr(x), (x * x).sum())[1]  # noqa: E731
     torch.testing.assert_close(vmap(grad(f))(x), 2 * x)
 
 

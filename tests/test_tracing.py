@@ -44,7 +44,9 @@ def _check_graph(traced):
         if node.op == "call_function":
             is_aten = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
             # Arithmetic of symbolic sizes is Python's.
-            assert is_aten or node.target is operator.getitem or node.target.__module__ == "_operator", node.format_node()
+            assert is_aten or node.target is operator.getitem or node.target.__module__ == "_operator", (
+                node.format_node()
+            )
         elif node.op == "get_attr":
             assert not _C.is_wrapper(getattr(traced, node.target))
         else:
@@ -74,7 +76,7 @@ def test_traced_transform(name, mode):
 def test_hessian_of_a_network(mode):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     params = {name: p.detach() for name, p in net.named_parameters()}
-    f = lambda params, x: hessian(lambda x: functional_call(net, params, (x,)).sum())(x)
+    f = lambda params, x: hessian(lambda x: functional_call(net, params, (x,)).sum())(x)  # noqa: E731
     traced = make_fx(f, tracing_mode=mode)(params, _random(3))
     _check_graph(traced)
     other = {name: p * 0.5 for name, p in params.items()}

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../plain_attention.h"
+#include "../plain_compositions.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -116,7 +116,7 @@ void transformer_encoder_layer(const c10::OperatorHandle& op, Stack& stack) {
 }  // namespace
 
 void add_attention_rules(RuleTable& rules) {
-  rules.add(&plain_attention, {"scaled_dot_product_attention"});
+  for (const auto& [name, composition] : plain_compositions()) rules.add(composition, {name});
   rules.add(&choose_plain_attention, {"_fused_sdp_choice"});
   rules.add(&multi_head_attention, {"_native_multi_head_attention"});
   rules.add(&transformer_encoder_layer, {"_transformer_encoder_layer_fwd"});

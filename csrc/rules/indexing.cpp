@@ -76,6 +76,15 @@ struct IndexCall {
     return at::permute(x, order);
   }
 
+  // The inverse, for x[B,*].
+  at::Tensor from_normal_form(const at::Tensor& y) const {
+    std::vector<int64_t> order(y.dim());
+    int64_t position = 1;
+    for (auto d : indexed) order[d + 1] = position++;
+    for (auto d : kept) order[d + 1] = position++;
+    return at::permute(y, order);
+  }
+
   // The indices for x[B?,indexed,kept].
   Indices normal_indices(bool x_has_batch) const {
     Indices result;
@@ -150,7 +159,6 @@ void index_put_rule(BatchCall& call) {
     return call.finish();
   }
   const IndexCall index(call);
-  const auto target = in_place ? x : x.clone();
   // values[B?,..] -> what user code sees as x[indices], then to the normal form.
   std::vector<c10::SymInt> sizes{call.batch_size()};
   const auto p = index.position();
@@ -162,9 +170,16 @@ void index_put_rule(BatchCall& call) {
   const auto order = index.seen_order();
   std::vector<int64_t> inverse(order.size());
   for (size_t d = 0; d < order.size(); ++d) inverse[order[d]] = static_cast<int64_t>(d);
-  auto view = index.normal_form(target, true);
-  at::index_put_(view, index.normal_indices(true), at::permute(values, inverse), call.arg("accumulate").toBool());
-  call.set_results(target);
+  auto view = index.normal_form(x, true);
+  const auto indices = index.normal_indices(true);
+  const auto accumulate = call.arg("accumulate").toBool();
+  if (in_place) {
+    at::index_put_(view, indices, at::permute(values, inverse), accumulate);
+    call.set_results(x);
+  } else {
+    const auto result = at::index_put(view, indices, at::permute(values, inverse), accumulate);
+    call.set_results(index.from_normal_form(result));
+  }
   call.finish();
 }
 
