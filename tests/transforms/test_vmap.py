@@ -25,7 +25,7 @@ pytree.register_dataclass(State)
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def loop(func, *args, out_dim=0):
