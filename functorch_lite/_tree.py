@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -60,12 +61,21 @@ def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> 
         return [prefix] * pytree.tree_structure(tree).num_leaves
     prefix_spec = pytree.tree_structure(prefix, is_leaf=is_leaf)
     spec = pytree.tree_structure(tree)
+    fields = _fields_like(prefix, tree)
+    if fields is not None:
+        return _broadcast_children(fields, _children(tree), is_leaf)
     if spec.is_leaf() or prefix_spec.type != spec.type or prefix_spec.num_children != spec.num_children:
         return None
     if prefix_spec.context != spec.context:
         return None
+    return _broadcast_children(_children(prefix), _children(tree), is_leaf)
+
+
+def _broadcast_children(
+    parts: Sequence[Any], subtrees: Sequence[Any], is_leaf: Callable[[Any], bool]
+) -> list[Any] | None:
     result: list[Any] = []
-    for part, subtree in zip(_children(prefix), _children(tree), strict=True):
+    for part, subtree in zip(parts, subtrees, strict=True):
         below = broadcast_prefix(part, subtree, is_leaf)
         if below is None:
             return None
@@ -75,6 +85,18 @@ def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> 
 
 def _children(tree: Any) -> list[Any]:
     return list(pytree.SUPPORTED_NODES[pytree._get_node_type(tree)].flatten_fn(tree)[0])
+
+
+def _fields_like(prefix: Any, tree: Any) -> list[Any] | None:
+    """The fields of ``prefix`` that are children of ``tree``, if both are the same registered dataclass."""
+    # A dataclass is flattened without the fields that are None; in a prefix, None says something.
+    if type(prefix) is not type(tree) or not is_dataclass(tree) or type(tree) not in pytree.SUPPORTED_NODES:
+        return None
+    flatten_with_keys = pytree.SUPPORTED_NODES[type(tree)].flatten_with_keys_fn
+    keys = [key for key, _ in flatten_with_keys(tree)[0]] if flatten_with_keys is not None else []
+    if not keys or not all(isinstance(key, pytree.GetAttrKey) for key in keys):
+        return None
+    return [getattr(prefix, key.name) for key in keys]
 
 
 class Arguments:
