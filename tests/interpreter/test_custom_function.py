@@ -67,13 +67,13 @@ def x():
     return torch.tensor([0.5, 2.0, -1.0], dtype=DOUBLE)
 
 
-def test_one_level(x):
-    for function in (Tripled, OldStyle):
-        f = function.apply
-        torch.testing.assert_close(grad(lambda x: f(x).sum())(x), 3 * x)
-        torch.testing.assert_close(vmap(f)(x), x * x)
-        torch.testing.assert_close(vmap(grad(f))(x), 3 * x)
-        torch.testing.assert_close(jacrev(f)(x), torch.diag(3 * x))
+@pytest.mark.parametrize("function", [Tripled, OldStyle])
+def test_one_level(function, x):
+    f = function.apply
+    torch.testing.assert_close(grad(lambda x: f(x).sum())(x), 3 * x)
+    torch.testing.assert_close(vmap(f)(x), x * x)
+    torch.testing.assert_close(vmap(grad(f))(x), 3 * x)
+    torch.testing.assert_close(jacrev(f)(x), torch.diag(3 * x))
 
 
 def test_second_derivative_is_that_of_the_backward_pass(x):

@@ -1,4 +1,4 @@
-"""Every operator that vmap does not run as it runs others, with the reason. The tests fail if an entry is not needed."""
+"""Every operator that vmap does not run as others, with the reason. The tests fail if an entry is not needed."""
 
 from __future__ import annotations
 

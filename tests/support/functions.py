@@ -1,4 +1,4 @@
-"""Small functions of one float64 tensor x[2], smooth near the samples, that between them use many kinds of operators."""
+"""Small functions of one float64 tensor x[2], smooth near the samples, of many kinds of operators."""
 
 from __future__ import annotations
 
