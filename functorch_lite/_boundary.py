@@ -35,6 +35,39 @@ def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None
     return result
 
 
+# PyTorch reads memory without an operator call in a few places. What it says there is about itself.
+_NO_MEMORY = (
+    "Inside vmap, grad, vjp and jvp a tensor has no memory of its own, so .numpy(), .tolist(), .data_ptr(), pickle and "
+    "copy.deepcopy cannot read it. Use PyTorch's operators (x.clone() in place of a deep copy), or convert what the "
+    "transform returns."
+)
+_EXPLAINED = {
+    "Cannot access data pointer of Tensor that doesn't have storage": _NO_MEMORY,
+    "Cannot access storage of TensorImpl": _NO_MEMORY,
+    "Batching rule not implemented for aten::item": (
+        "vmap: torch.tensor of tensors turns them into Python values, and each example has another value. Use "
+        "torch.stack, as in torch.stack([x[0], x[1]])."
+    ),
+    "called inside torch.vmap": (
+        "vmap: backward() and torch.autograd.grad cannot run inside, for the examples share one graph. Differentiate "
+        "with functorch_lite.grad or functorch_lite.vjp inside, as in vmap(grad(f)), or call backward() on what vmap "
+        "returns."
+    ),
+    "Attempted to call `variable.set_data(tensor)`": (
+        "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same transform. "
+        "Return the new tensor from the function instead."
+    ),
+}
+
+
+def _explain(error: BaseException) -> None:
+    """Say what the user can do, where PyTorch's own message does not fit the situation."""
+    if isinstance(error, RuntimeError) and len(error.args) == 1 and isinstance(error.args[0], str):
+        for raw, message in _EXPLAINED.items():
+            if raw in error.args[0]:
+                error.args = (message,)
+
+
 def boundary(function: FunctionT, like: object = None) -> FunctionT:
     """Wrap what users call: an error shows their lines, not ours. ``like`` lends its name and docstring."""
 
@@ -42,6 +75,7 @@ def boundary(function: FunctionT, like: object = None) -> FunctionT:
         try:
             return function(*args, **kwargs)
         except BaseException as error:
+            _explain(error)
             if os.environ.get(FULL_TRACEBACK, "0") == "0":
                 error.__traceback__ = _without_our_frames(error.__traceback__)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 
@@ -48,7 +49,7 @@ def refuse_single_level_function(name: str) -> NoReturn:
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
     given = (argnums,) if isinstance(argnums, int) else argnums
-    if not isinstance(given, tuple) or not all(isinstance(i, int) for i in given):
+    if not isinstance(given, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
     if not given:
         raise ValueError(f"{transform}: argnums is empty; name at least one positional argument.")
@@ -72,15 +73,20 @@ def check_callable(transform: str, func: Any) -> None:
 
 def check_differentiable(transform: str, leaf: Any, name: str) -> None:
     """Require a real or complex tensor."""
+    way_out = (
+        f"capture it in the function, as in {transform}(lambda x: f(x, constant), ...)"
+        if transform in ("vjp", "jvp")
+        else "leave the argument out of argnums"
+    )
     if not isinstance(leaf, Tensor):
         refuse_type(
             f"{transform}: {name} is a {type(leaf).__name__} and cannot be differentiated. Pass a torch.Tensor, or "
-            f"leave the argument out of argnums."
+            f"{way_out}."
         )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         refuse_type(
             f"{transform}: {name} has dtype {leaf.dtype}; derivatives exist for floating-point and complex tensors "
-            f"only. Convert it, for example with .to(torch.float32), or leave the argument out of argnums."
+            f"only. Convert it, for example with .to(torch.float32), or {way_out}."
         )
 
 
@@ -119,6 +125,13 @@ def check_scalar_output(transform: str, func: Any, output: Any) -> None:
 def check_tensor_outputs(transform: str, func: Any, leaves: Sequence[Any], paths: Sequence[str]) -> None:
     """Require tensors everywhere."""
     for leaf, path in zip(leaves, paths, strict=True):
+        if leaf is None and not path:
+            refuse_type(f"{transform}: {name_of(func)} returned None. Return a tensor: is a return statement missing?")
+        if not isinstance(leaf, Tensor) and not path:
+            refuse_type(
+                f"{transform}: {name_of(func)} must return a tensor, got {type(leaf).__name__}. Compute with tensors to "
+                f"the end: .item(), float() and the like lose the derivative."
+            )
         if not isinstance(leaf, Tensor):
             refuse_type(
                 f"{transform}: {name_of(func)} must return tensors, got {type(leaf).__name__} at output{path}. Return "
@@ -126,10 +139,23 @@ def check_tensor_outputs(transform: str, func: Any, leaves: Sequence[Any], paths
             )
 
 
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
+
+
+def describe_structure(spec: pytree.TreeSpec) -> str:
+    """A tree as one would write it, with stars for its leaves: ``{'a': *, 'b': [*, *]}``."""
+    return repr(pytree.tree_unflatten([_Star()] * spec.num_leaves, spec))
+
+
 def check_same_structure(transform: str, what: str, got: Any, expected: Any, of: str) -> None:
     """Require that two trees have one structure."""
     if got != expected:
-        raise ValueError(f"{transform}: {what} must have the structure of {of}: expected {expected}, got {got}.")
+        raise ValueError(
+            f"{transform}: {what} must have the structure of {of}: expected {describe_structure(expected)}, got "
+            f"{describe_structure(got)}, where * is a tensor."
+        )
 
 
 def check_like(transform: str, what: str, got: Any, expected: Tensor, of: str) -> None:
@@ -152,7 +178,7 @@ def check_chunk_size(transform: str, chunk_size: Any) -> None:
         raise ValueError(f"{transform}: chunk_size must be None or a positive int, got {chunk_size!r}.")
 
 
-def check_randomness(randomness: Any) -> None:
+def check_randomness(transform: str, randomness: Any) -> None:
     """Require one of the three settings."""
     if randomness not in ("error", "same", "different"):
-        raise ValueError(f"vmap: randomness must be 'error', 'same' or 'different', got {randomness!r}.")
+        raise ValueError(f"{transform}: randomness must be 'error', 'same' or 'different', got {randomness!r}.")

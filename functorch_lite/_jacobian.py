@@ -105,7 +105,7 @@ def jacrev(
         For a holomorphic function it is the complex derivative, the same as `jacfwd` gives.
 
     Raises:
-        TypeError: A selected argument or an output is not a floating-point or complex tensor.
+        TypeError: A selected argument is not a floating-point or complex tensor, or an output is not a tensor.
         ValueError: ``argnums`` or ``chunk_size`` is out of range, or a real output depends on a complex input.
 
     Note:
@@ -120,11 +120,21 @@ def jacrev(
     """
     _checks.check_callable("jacrev", func)
     _checks.check_chunk_size("jacrev", chunk_size)
+    return _reverse("jacrev", func, argnums, has_aux, chunk_size)
+
+
+def _reverse(
+    transform: str,
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    chunk_size: int | None,
+) -> Callable[..., Any]:
+    """`jacrev`, with messages in the name of ``transform``."""
 
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        _, aux, pullback, arguments = value_and_pullback("jacrev", func, argnums, has_aux, args, kwargs)
-
-        _check_holomorphic("jacrev", pullback.primals, pullback.outputs)
+        _, aux, pullback, arguments = value_and_pullback(transform, func, argnums, has_aux, args, kwargs)
+        _check_holomorphic(transform, pullback.primals, pullback.outputs)
         sizes = [output.numel() for output in pullback.outputs]
 
         # rows[k]: [number of outputs, *shape of primal k]
@@ -136,7 +146,7 @@ def jacrev(
 
             return [_parts(row, sizes) for row in _apply_to_basis(linear, pullback.outputs, chunk_size)[0]]
 
-        rows = rows_for(1)
+        rows = rows_for(1) if pullback.outputs else []
         mixed = any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
         imaginary_rows = rows_for(1j) if mixed else rows
         blocks = []
@@ -192,29 +202,43 @@ def jacfwd(
     """
     _checks.check_callable("jacfwd", func)
     _checks.check_chunk_size("jacfwd", chunk_size)
-    _checks.check_randomness(randomness)
+    _checks.check_randomness("jacfwd", randomness)
+    return _forward("jacfwd", func, argnums, has_aux, randomness, chunk_size)
+
+
+def _forward(
+    transform: str,
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    randomness: str,
+    chunk_size: int | None,
+) -> Callable[..., Any]:
+    """`jacfwd`, with messages in the name of ``transform``."""
 
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        arguments = _tree.Arguments("jacfwd", args, argnums)
+        arguments = _tree.Arguments(transform, args, argnums)
         primals, spec = _tree.flatten(arguments.selected)
+        if not primals:  # no basis vector to run forward mode on
+            return _reverse(transform, func, argnums, has_aux, chunk_size)(*args, **kwargs)
         for i, leaf in enumerate(primals):
             if not _tree.is_differentiable(leaf):
-                _checks.check_differentiable("jacfwd", leaf, arguments.names()[i])
+                _checks.check_differentiable(transform, leaf, arguments.names()[i])
         seen: dict[str, Any] = {}
 
         def from_primals(*lifted: Tensor) -> Any:
             output = func(*arguments.replaced(_tree.unflatten(lifted, spec)), **kwargs)
             if has_aux:
-                _checks.check_pair("jacfwd", func, output)
+                _checks.check_pair(transform, func, output)
                 output, seen["aux"] = output
             leaves, seen["spec"] = _tree.flatten(output)
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                _checks.check_tensor_outputs("jacfwd", func, leaves, _tree.paths(output))
+                _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
             return (leaves, seen["aux"]) if has_aux else leaves
 
         def linear(*tangents: Tensor) -> Any:
             outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
-            _check_holomorphic("jacfwd", primals, outputs)
+            _check_holomorphic(transform, primals, outputs)
             seen["shapes"] = [output.shape for output in outputs]
             return (derivatives, aux[0]) if has_aux else derivatives
 
@@ -270,5 +294,6 @@ def hessian(
     """
     _checks.check_callable("hessian", func)
     _checks.check_chunk_size("hessian", chunk_size)
-    gradient = jacrev(func, argnums, has_aux=has_aux)
-    return jacfwd(gradient, argnums, has_aux, randomness=randomness, chunk_size=chunk_size)
+    _checks.check_randomness("hessian", randomness)
+    gradient = _reverse("hessian", func, argnums, has_aux, None)
+    return _forward("hessian", gradient, argnums, has_aux, randomness, chunk_size)

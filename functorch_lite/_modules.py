@@ -49,7 +49,16 @@ def functional_call(
         >>> grad(loss)({"weight": torch.zeros(1, 2)})
         {'weight': tensor([[1., 1.]])}
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"functional_call: expected a module as first argument, got {type(module).__name__}.")
     dictionaries = [parameters_and_buffers] if isinstance(parameters_and_buffers, dict) else parameters_and_buffers
+    if not isinstance(dictionaries, (tuple, list)) or not all(isinstance(one, dict) for one in dictionaries):
+        raise TypeError(
+            f"functional_call: parameters_and_buffers must be a dictionary of tensors by name, or a tuple or list of "
+            f"such dictionaries, got {_kinds(dictionaries)}."
+        )
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise TypeError(f"functional_call: kwargs must be a dictionary, got {type(kwargs).__name__}.")
     given: dict[str, Tensor] = {}
     owner: dict[str, dict[str, Tensor]] = {}
     for dictionary in dictionaries:
@@ -67,6 +76,11 @@ def functional_call(
         for name, dictionary in owner.items():
             dictionary[name] = written(name)
     return result
+
+
+def _kinds(given: Any) -> str:
+    kind = type(given).__name__
+    return f"a {kind} of {type(given[0]).__name__}" if isinstance(given, (tuple, list)) and given else kind
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +159,9 @@ def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dic
         parameters are leaves that require grad if the models' do.
 
     Raises:
-        ValueError: No models, different classes, different training modes, or different shapes.
+        ValueError: No models, different classes, different training modes, or tensors of different names, shapes,
+            dtypes or devices.
+        TypeError: Something else than modules.
 
     Example:
         >>> import torch
@@ -156,7 +172,11 @@ def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dic
         >>> vmap(call, in_dims=(0, None))(params, torch.ones(3)).shape
         torch.Size([5, 2])
     """
+    if isinstance(models, nn.Module) and not isinstance(models, (nn.ModuleList, nn.Sequential)):
+        raise TypeError(f"stack_module_state: expected a list of modules, got one {type(models).__name__}.")
     models = list(models)
+    if not all(isinstance(model, nn.Module) for model in models):
+        raise TypeError(f"stack_module_state: expected a list of modules, got {_kinds(models)}.")
     if not models:
         raise ValueError("stack_module_state: expected at least one module, got none.")
     if len({model.training for model in models}) > 1:
@@ -171,13 +191,19 @@ def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dic
 
 def _stack(kind: str, tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     stacked = {}
-    for name, first in tensors[0].items():
-        column = [one.get(name) for one in tensors]
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in column]
-        if len(set(shapes)) > 1:
-            raise ValueError(f"stack_module_state: {kind} {name!r} differs between the modules: shapes {shapes}.")
-        stacked[name] = torch.stack([tensor.detach() for tensor in column if tensor is not None])
-        stacked[name].requires_grad_(first.requires_grad)
+    for name in dict.fromkeys(name for one in tensors for name in one):
+        column = [one[name] for one in tensors if name in one]
+        if len(column) < len(tensors):
+            raise ValueError(f"stack_module_state: only some of the modules have a {kind} {name!r}.")
+        for what, values in (
+            ("shapes", [tuple(tensor.shape) for tensor in column]),
+            ("dtypes", [tensor.dtype for tensor in column]),
+            ("devices", [tensor.device for tensor in column]),
+        ):
+            if len(set(values)) > 1:
+                raise ValueError(f"stack_module_state: {kind} {name!r} differs between the modules: {what} {values}.")
+        stacked[name] = torch.stack([tensor.detach() for tensor in column])
+        stacked[name].requires_grad_(column[0].requires_grad)
     return stacked
 
 
@@ -198,6 +224,8 @@ def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
         >>> replace_all_batch_norm_modules_(torch.nn.BatchNorm1d(3)).running_mean is None
         True
     """
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"replace_all_batch_norm_modules_: expected a module, got {type(root).__name__}.")
     for module in root.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False

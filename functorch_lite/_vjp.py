@@ -104,7 +104,7 @@ def _run_vjp(
     _checks.check_callable("vjp", func)
     if not primals:
         raise ValueError(f"vjp: {_checks.name_of(func)} was given no primals to differentiate.")
-    pullback = Pullback("vjp", func, primals, lambda: [f"primal {path}" for path in _tree.paths(primals)])
+    pullback = Pullback("vjp", func, primals, lambda: [f"primals{path}" for path in _tree.paths(primals)])
     output, aux = pullback.run(lambda lifted: func(*lifted, **kwargs), has_aux)
     vjp_fn = boundary(pullback)
     return (output, vjp_fn, aux) if has_aux else (output, vjp_fn)

@@ -58,7 +58,7 @@ def vmap(
         torch.Size([3, 2])
     """
     _checks.check_callable("vmap", func)
-    _checks.check_randomness(randomness)
+    _checks.check_randomness("vmap", randomness)
     _checks.check_chunk_size("vmap", chunk_size)
     mode = _RANDOMNESS[randomness]
 
@@ -156,7 +156,7 @@ def _flat_in_dims(name: str, in_dims: Any, args: tuple[Any, ...], leaves: list[A
     flat = _tree.broadcast_prefix(prefix, args, _is_dim)
     if flat is None:
         raise ValueError(
-            f"vmap({name}): in_dims={in_dims!r} does not fit the {len(args)} positional arguments. Give one int or "
+            f"vmap({name}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{'s' * (len(args) != 1)}. Give one int or "
             f"None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a structure "
             f"like the argument's."
         )
@@ -168,6 +168,11 @@ def _refuse_in_dim(name: str, args: tuple[Any, ...], index: int, leaf: Any, dim:
     if not isinstance(leaf, Tensor):
         raise ValueError(
             f"vmap({name}): {path} has in_dim {dim} but is a {type(leaf).__name__}, not a tensor. Pass None as its "
+            f"in_dim if it is the same for all examples."
+        )
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"vmap({name}): {path} has in_dim {dim}, but its shape is (): it has no dimension to map. Pass None as its "
             f"in_dim if it is the same for all examples."
         )
     raise ValueError(

@@ -29,7 +29,7 @@ def row_by_row(func, *args):
         for element in output.reshape(-1)
     ]
     return tuple(
-        torch.stack([torch.zeros_like(arg) if row is None else row[i] for row in rows]).reshape(output.shape + arg.shape)
+        torch.stack([torch.zeros_like(arg) if row is None else row[i] for row in rows]).view(output.shape + arg.shape)
         for i, arg in enumerate(args)
     )
 
