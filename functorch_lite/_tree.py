@@ -94,9 +94,8 @@ def _fields_like(prefix: Any, tree: Any) -> list[Any] | None:
         return None
     flatten_with_keys = pytree.SUPPORTED_NODES[type(tree)].flatten_with_keys_fn
     keys = [key for key, _ in flatten_with_keys(tree)[0]] if flatten_with_keys is not None else []
-    if not keys or not all(isinstance(key, pytree.GetAttrKey) for key in keys):
-        return None
-    return [getattr(prefix, key.name) for key in keys]
+    names = [key.name for key in keys if isinstance(key, pytree.GetAttrKey)]
+    return [getattr(prefix, name) for name in names] if names and len(names) == len(keys) else None
 
 
 class Arguments:
