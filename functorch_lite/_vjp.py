@@ -57,8 +57,8 @@ class Pullback:
         """Pull back cotangents with the structure of the output; a tuple output may be passed as several arguments."""
         if unknown:
             _checks.refuse_type(
-                f"vjp_fn: takes cotangents by position only, got the keyword argument {next(iter(unknown))!r}. It may be "
-                f"called many times and be differentiated as it is: options such as retain_graph are not needed."
+                f"vjp_fn: takes cotangents by position only, got the keyword argument {next(iter(unknown))!r}. It may "
+                f"be called many times and be differentiated as it is: options such as retain_graph are not needed."
             )
         given = cotangents[0] if len(cotangents) == 1 else cotangents
         leaves, spec = _tree.flatten(given)
