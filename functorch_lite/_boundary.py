@@ -54,8 +54,8 @@ _EXPLAINED = {
         "returns."
     ),
     "Attempted to call `variable.set_data(tensor)`": (
-        "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same transform. "
-        "Return the new tensor from the function instead."
+        "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same "
+        "transform. Return the new tensor from the function instead."
     ),
 }
 

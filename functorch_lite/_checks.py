@@ -129,8 +129,8 @@ def check_tensor_outputs(transform: str, func: Any, leaves: Sequence[Any], paths
             refuse_type(f"{transform}: {name_of(func)} returned None. Return a tensor: is a return statement missing?")
         if not isinstance(leaf, Tensor) and not path:
             refuse_type(
-                f"{transform}: {name_of(func)} must return a tensor, got {type(leaf).__name__}. Compute with tensors to "
-                f"the end: .item(), float() and the like lose the derivative."
+                f"{transform}: {name_of(func)} must return a tensor, got {type(leaf).__name__}. Compute with tensors "
+                f"to the end: .item(), float() and the like lose the derivative."
             )
         if not isinstance(leaf, Tensor):
             refuse_type(

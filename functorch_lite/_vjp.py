@@ -53,8 +53,13 @@ class Pullback:
             torch.zeros_like(primal) if grad is None else grad for grad, primal in zip(grads, self.primals, strict=True)
         ]
 
-    def __call__(self, *cotangents: Any) -> Any:
+    def __call__(self, *cotangents: Any, **unknown: Any) -> Any:
         """Pull back cotangents with the structure of the output; a tuple output may be passed as several arguments."""
+        if unknown:
+            _checks.refuse_type(
+                f"vjp_fn: takes cotangents by position only, got the keyword argument {next(iter(unknown))!r}. It may "
+                f"be called many times and be differentiated as it is: options such as retain_graph are not needed."
+            )
         given = cotangents[0] if len(cotangents) == 1 else cotangents
         leaves, spec = _tree.flatten(given)
         _checks.check_same_structure("vjp_fn", "the cotangents", spec, self.output_spec, "the function's output")

@@ -155,10 +155,11 @@ def _flat_in_dims(name: str, in_dims: Any, args: tuple[Any, ...], leaves: list[A
     prefix = tuple(in_dims) if isinstance(in_dims, list) else in_dims
     flat = _tree.broadcast_prefix(prefix, args, _is_dim)
     if flat is None:
+        plural = "s" * (len(args) != 1)
         raise ValueError(
-            f"vmap({name}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{'s' * (len(args) != 1)}. Give one int or "
-            f"None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a structure "
-            f"like the argument's."
+            f"vmap({name}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{plural}. Give one int "
+            f"or None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a "
+            f"structure like the argument's."
         )
     return flat
 

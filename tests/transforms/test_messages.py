@@ -48,7 +48,8 @@ def test_no_function_of_vjp_and_jvp():
 def test_argnums(name):
     call = lambda argnums, *args: TRANSFORMS[name](lambda *args: args[0].sum(), argnums)(*args)
     for wrong in ([0], "x", 1.0, True, (0, "x"), None):
-        refused(lambda: call(wrong, X), TypeError, f"{name}: argnums must be an int or a tuple of ints, got {wrong!r}")
+        expected = f"{name}: argnums must be an int or a tuple of ints, got {wrong!r}"
+        refused(lambda wrong=wrong: call(wrong, X), TypeError, expected)
     refused(lambda: call((), X), ValueError, f"{name}: argnums is empty; name at least one positional argument")
     refused(lambda: call(1, X), ValueError, f"{name}: argnums=1", "called with 1 positional argument.", "by position")
     refused(
@@ -133,6 +134,11 @@ PULL = vjp(lambda x: {"a": x, "b": (x,)}, X)[1]
 )
 def test_cotangents(call, kind, parts):
     refused(call, kind, *parts)
+
+
+def test_options_of_the_pullback():
+    call = lambda: PULL({"a": X, "b": (X,)}, retain_graph=True)
+    refused(call, TypeError, "vjp_fn: takes cotangents by position only", "'retain_graph'", "called many times")
 
 
 def test_name_of_the_function():
@@ -379,6 +385,43 @@ def test_writes_into_captured_tensors(name):
 )
 def test_random_operators(call, kind, parts):
     refused(call, kind, *parts)
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Operators without rules: one draws random numbers, one returns a number."""
+    library = torch.library.Library("test_messages", "DEF")
+    library.define("draw(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+    library.impl("draw", lambda x: torch.rand(x.shape), "CPU")
+    library.define("count(Tensor x) -> int")
+    library.impl("count", lambda x: 3, "CPU")
+    yield torch.ops.test_messages
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore::functorch_lite.LoopFallbackWarning")
+def test_operators_without_rules(library):
+    same = lambda: vmap(library.draw, randomness="same")(M)
+    refused(same, NotImplementedError, "test_messages::draw", "no rule for randomness='same'", "randomness='different'")
+    refused(lambda: vmap(library.draw)(M), RuntimeError, "random operator test_messages::draw", "randomness='error'")
+    refused(lambda: vmap(library.count)(M), NotImplementedError, "test_messages::count", "result is not a tensor")
+
+
+def test_data_of_another_level():
+    def f(y):
+        def g(x):
+            x.data = y
+            return x.sum()
+
+        return grad(g)(y * 2).sum()
+
+    refused(lambda: grad(f)(X), RuntimeError, "tensor.data = ...", "of the same transform", "Return the new tensor")
+
+
+def test_noise_that_is_not_batched():
+    f = lambda x: torch._C._nn.rrelu_with_noise(x, CAPTURED, 0.1, 0.3, True)
+    call = lambda: vmap(f, randomness="different")(M)
+    refused(call, NotImplementedError, "rrelu_with_noise", "not batched", "torch.nn.functional.rrelu")
 
 
 def test_escaped_tensors():
