@@ -1,7 +1,7 @@
 """Microseconds that a transform adds to each operator: chains of 100 small operators, ours beside torch.func.
 
-Run with ``make bench`` or ``python benchmarks/overhead.py``. The two are timed in turns in one process, on one thread, and
-the ratio is the median over the turns: absolute times drift on shared machines, the ratio much less.
+Run with ``make bench`` or ``python benchmarks/overhead.py``. The two are timed in turns in one process, on one thread,
+and the ratio is the median over the turns: absolute times drift on shared machines, the ratio much less.
 
 Half of the operators take a Python scalar, where PyTorch's forward mode is at its slowest.
 """

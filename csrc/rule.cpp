@@ -104,7 +104,7 @@ void add_default_rows(RuleTable& rules) {
     const auto op = dispatcher.findSchema(name);
     if (!op.has_value() || name.name.rfind("aten::", 0) != 0) continue;
     if (op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
-    if (op->hasTag(at::Tag::nondeterministic_seeded)) continue;
+    if (op->hasTag(at::Tag::nondeterministic_seeded) || op->hasTag(at::Tag::data_dependent_output)) continue;
     auto twin = op;
     if (name.name.back() == '_') {
       twin = dispatcher.findSchema({name.name.substr(0, name.name.size() - 1), name.overload_name});

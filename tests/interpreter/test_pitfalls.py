@@ -377,3 +377,9 @@ def test_custom_operator_sees_values_not_wrappers(x):
         torch.testing.assert_close(
             vmap(grad(lambda x: double(x).sum()))(x.expand(2, 3)), torch.full((2, 3), 2.0).double()
         )
+
+
+def test_comparison_of_whole_tensors_is_refused_on_a_batch():
+    xs = torch.tensor([[1.0, 2.0], [1.0, 3.0]])
+    with pytest.raises(NotImplementedError, match=r"aten::equal cannot run on batched values.*Python values"):
+        vmap(lambda x: x if torch.equal(x, xs[0]) else -x)(xs)

@@ -118,8 +118,8 @@ def compose(names: Iterable[str], f: Function, side: str) -> Function:
     return f
 
 
-def sample(names: Iterable[str]) -> Tensor:
-    """x[2] with a batch dimension of size 2 for each vmap."""
+def sample(names: Iterable[str], size: int = 2) -> Tensor:
+    """x[size] with a batch dimension of size 2 for each vmap."""
     batch = [2] * sum(name == "vmap" for name in names)
     generator = torch.Generator().manual_seed(7)
-    return torch.rand(*batch, 2, dtype=torch.float64, generator=generator) * 0.8 + 0.2
+    return torch.rand(*batch, size, dtype=torch.float64, generator=generator) * 0.8 + 0.2
