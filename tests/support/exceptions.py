@@ -24,6 +24,8 @@ _STATISTICS = "running statistics are written, and every example has its own"
 REFUSED = {
     "item": _PYTHON_VALUE,
     "allclose": _PYTHON_VALUE,
+    "equal": _PYTHON_VALUE,
+    "cov": "it checks the weights with a Python `if`",
     "combinations": _DATA_DEPENDENT_SHAPE,
     "masked_select": _DATA_DEPENDENT_SHAPE,
     "unique": _DATA_DEPENDENT_SHAPE,
