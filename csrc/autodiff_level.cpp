@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <utility>
 
 #include "derivative_rules.h"
 #include "keys.h"
@@ -90,7 +91,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     const auto* wrapper = as_wrapper(tensor);
     if (wrapper != nullptr && wrapper->level() == this) {
       any_here = true;
-      any_zero |= wrapper->is_symbolic_zero;
+      any_zero |= wrapper->is_symbolic_zero();
       any_variable |= needs_derivative(tensor);
     } else if (wrapper != nullptr && !is_active(wrapper->level())) {
       any_closed = true;
@@ -262,12 +263,18 @@ class Handlers final : public c10::OpRegistrationListener {
 
   void register_pending() {
     if (C10_LIKELY(!any_pending_.load(std::memory_order_acquire))) return;
-    std::vector<c10::OperatorHandle> operators;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      operators.swap(pending_);
-      any_pending_.store(false, std::memory_order_release);
-    }
+    // Not under mutex_, which the dispatcher takes while it holds its own lock. Other threads wait until all is done.
+    std::lock_guard<std::mutex> one_thread(registering_);
+    for (auto operators = take_pending(); !operators.empty(); operators = take_pending()) register_all(operators);
+  }
+
+ private:
+  std::vector<c10::OperatorHandle> take_pending() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (pending_.empty()) any_pending_.store(false, std::memory_order_release);
+    return std::exchange(pending_, {});
+  }
+  void register_all(const std::vector<c10::OperatorHandle>& operators) {
     for (const auto& op : operators) {
       if (op.operator_name().overload_name.empty() && find_plain_composition(op.operator_name().name) != nullptr) {
         add(op, kAutograd, c10::KernelFunction::makeFromBoxedFunction<&run_plain_composition>());
@@ -278,8 +285,6 @@ class Handlers final : public c10::OpRegistrationListener {
       add(op, kBelowAutograd, kernel_for(op));
     }
   }
-
- private:
   void add(const c10::OperatorHandle& op, c10::DispatchKey key, c10::KernelFunction kernel) {
     registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
         op.operator_name(), key, std::move(kernel), std::nullopt, nullptr, "functorch_lite: autodiff level"));
@@ -293,6 +298,7 @@ class Handlers final : public c10::OpRegistrationListener {
   std::mutex mutex_;
   std::vector<c10::OperatorHandle> pending_;
   std::atomic<bool> any_pending_{false};
+  std::mutex registering_;
   std::vector<c10::RegistrationHandleRAII> registrations_;
 };
 

@@ -4,7 +4,6 @@
 #include <ATen/ops/expand.h>
 #include <ATen/ops/permute.h>
 #include <ATen/ops/unsqueeze.h>
-#include <ATen/ops/view.h>
 
 namespace functorch_lite {
 namespace {

@@ -68,7 +68,7 @@ bool seen_by_outer_derivative(const at::Tensor& tensor, const AutogradModes& mod
   if (!tensor.defined()) return false;
   if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
   const auto* wrapper = as_wrapper(tensor);
-  return wrapper != nullptr && !wrapper->is_symbolic_zero && seen_by_outer_derivative(wrapper->value(), modes);
+  return wrapper != nullptr && !wrapper->is_symbolic_zero() && seen_by_outer_derivative(wrapper->value(), modes);
 }
 
 // Levels belong to a thread, so a backward pass stays in the one that asked for it.

@@ -1,4 +1,4 @@
-// Errors that need a Python class or the user's source line.
+// Errors that need a Python class.
 #pragma once
 
 #include <string>

@@ -64,9 +64,10 @@ Stack run_example_of_empty_batch(BatchCall& call) {
   return results;
 }
 
-at::Tensor stack_examples(const std::vector<Stack>& examples, size_t result, bool empty_batch) {
+template <class Pick>
+at::Tensor stack_examples(const std::vector<Stack>& examples, bool empty_batch, Pick&& pick) {
   std::vector<at::Tensor> tensors;
-  for (const auto& example : examples) tensors.push_back(example[result].toTensor());
+  for (const auto& example : examples) tensors.push_back(pick(example).toTensor());
   auto stacked = at::stack(tensors);
   return empty_batch ? stacked.narrow(0, 0, 0) : stacked;
 }
@@ -92,16 +93,15 @@ void loop(const c10::OperatorHandle& op, Stack& stack) {
   }
   Stack results;
   for (size_t r = 0; r < op.schema().returns().size(); ++r) {
-    const auto& first = examples[0][r];
+    const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
+    const auto& first = result(examples[0]);
     if (first.isTensor()) {
-      results.emplace_back(first.toTensor().defined() ? stack_examples(examples, r, empty_batch) : at::Tensor());
+      results.emplace_back(first.toTensor().defined() ? stack_examples(examples, empty_batch, result) : at::Tensor());
     } else if (first.isTensorList()) {
       std::vector<at::Tensor> list;
       for (size_t k = 0; k < first.toListRef().size(); ++k) {
-        std::vector<at::Tensor> tensors;
-        for (const auto& example : examples) tensors.push_back(example[r].toListRef()[k].toTensor());
-        auto stacked = at::stack(tensors);
-        list.push_back(empty_batch ? stacked.narrow(0, 0, 0) : stacked);
+        list.push_back(stack_examples(examples, empty_batch,
+                                      [&](const Stack& example) { return result(example).toListRef()[k]; }));
       }
       results.emplace_back(list);
     } else {

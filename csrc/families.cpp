@@ -5,7 +5,6 @@
 #include <ATen/ops/reshape.h>
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/unsqueeze.h>
-#include <ATen/ops/view.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -289,14 +288,6 @@ at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {
 
 at::Tensor flatten_examples(const at::Tensor& x) {
   return at::reshape_symint(x, {x.sym_size(0), count_elements(x.sym_sizes().slice(1))});
-}
-
-at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer) {
-  auto sizes = x.sym_sizes().vec();
-  const auto inner = outer == 0 ? c10::SymInt(1) : sizes[dim] / outer;
-  sizes[dim] = outer;
-  sizes.insert(sizes.begin() + dim + 1, inner);
-  return at::reshape_symint(x, sizes);
 }
 
 namespace {

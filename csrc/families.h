@@ -41,8 +41,6 @@ int64_t shift_dim(int64_t dim, int64_t rank);
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim);
 // x[B,*] -> x[B,n], also for an empty batch.
 at::Tensor flatten_examples(const at::Tensor& x);
-// x[..,n*m,..] -> x[..,n,m,..].
-at::Tensor split_dim(const at::Tensor& x, int64_t dim, const c10::SymInt& outer);
 // x[..,B,..] with the batch at `bdim`, merged into dimension `dim` of one example. With groups, that dimension is
 // g*c and becomes g*B*c, so that each group keeps its own channels together.
 at::Tensor fold_batch(const at::Tensor& x, int64_t bdim, int64_t dim, const c10::SymInt& groups = 1);

@@ -19,7 +19,8 @@ constexpr auto kBelowAutograd = c10::DispatchKey::PrivateUse3;
 constexpr auto kAutograd = c10::DispatchKey::AutogradPrivateUse3;
 
 // PyTorch's derivative formulas avoid .item() and in-place tricks on tensors that carry this key. It is a mark
-// only: the front comes first, so nothing is ever dispatched on it.
+// only: the front comes first. Where PyTorch shuts the front out (torch.tensor of tensors does), the key leads to an
+// error of PyTorch's, which functorch_lite/_boundary.py puts into other words.
 constexpr auto kSubclassMark = c10::DispatchKey::Batched;
 
 // Where an autodiff level sends an operator: record, track views and versions, then kBelowAutograd.

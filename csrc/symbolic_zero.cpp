@@ -29,7 +29,7 @@ const Operators& operators() {
 
 bool is_zero(const at::Tensor& tensor, const Level& level) {
   const auto* wrapper = wrapper_at(tensor, &level);
-  return wrapper != nullptr && wrapper->is_symbolic_zero;
+  return wrapper != nullptr && wrapper->is_symbolic_zero();
 }
 
 c10::ScalarType common_dtype(const at::Tensor& a, const at::Tensor& b) {

@@ -23,7 +23,6 @@ Wrapper::Wrapper(at::Tensor value, LevelPtr level, int64_t bdim)
 
 Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, LevelPtr level)
     : TensorImpl(c10::DispatchKeySet(kFront), c10::scalarTypeToTypeMeta(dtype), device),
-      is_symbolic_zero(true),
       level_(std::move(level)),
       bdim_(kNoBatchDim) {
   set_storage_access_should_throw();
@@ -87,7 +86,7 @@ at::Tensor zeros_of_each_example(Level* level, std::vector<c10::SymInt> sizes, c
 }  // namespace
 
 const at::Tensor& Wrapper::value() const {
-  if (C10_UNLIKELY(is_symbolic_zero && !value_.defined())) {
+  if (C10_UNLIKELY(is_symbolic_zero())) {
     value_ = zeros_of_each_example(level_->parent(), sym_sizes().vec(),
                                    c10::TensorOptions().dtype(dtype()).device(device()));
   }

@@ -27,7 +27,8 @@ class Wrapper final : public c10::TensorImpl {
   // The dimension of `value` that a vmap level hides, or kNoBatchDim.
   int64_t bdim() const { return bdim_; }
   Level* level() const { return level_.get(); }
-  const LevelPtr& level_ptr() const { return level_; }
+  // A tangent known to be zero: the value is made only if somebody asks for it, and then it may be written into.
+  bool is_symbolic_zero() const { return !value_.defined(); }
 
   // Follows an operator that changed the value's metadata in place.
   void refresh();
@@ -36,8 +37,6 @@ class Wrapper final : public c10::TensorImpl {
 
   // Memory that existed before the level opened: writing values that need a derivative here would lose them.
   bool is_captured = false;
-  // A tangent known to be zero: the value is made only if somebody asks for it.
-  bool is_symbolic_zero = false;
 
   c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(const c10::VariableVersion& version,
                                                               bool allow_metadata_change) const override;

@@ -24,11 +24,18 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     if not any(_C.is_differentiated_below(arg) for arg in args if isinstance(arg, Tensor)):
         return _plain_apply(cls, *args, **kwargs)
+    if isinstance(level, _C.VmapLevel) and not any(_is_batched(level, arg) for arg in args):
+        with _C.Below():
+            return _apply(cls, *args)
     if cls.setup_context is Function.setup_context:
         _checks.refuse_single_level_function(cls.__name__)
     if isinstance(level, _C.VmapLevel):
         return _apply_batched(cls, level, args)
     return _plain_apply(_one_level_down(cls, level), *args)
+
+
+def _is_batched(level: _C.VmapLevel, arg: Any) -> bool:
+    return isinstance(arg, Tensor) and level.unwrap(arg)[1] is not None
 
 
 def _belongs_to_an_operator(cls: type[Function]) -> bool:
@@ -92,18 +99,16 @@ def _batched(cls: type[Function], in_dims: tuple[int | None, ...]) -> type[Funct
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.layout = [arg if not isinstance(arg, Tensor) else None for arg in inputs]
+            ctx.constants = {i: arg for i, arg in enumerate(inputs) if not isinstance(arg, Tensor)}
             ctx.single = isinstance(output, Tensor)
             outputs = (output,) if ctx.single else output
-            ctx.count = sum(isinstance(arg, Tensor) for arg in inputs)
             ctx.save_for_backward(*(arg for arg in inputs if isinstance(arg, Tensor)), *outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            tensors = iter(ctx.saved_tensors[: ctx.count])
-            saved_dims = iter(in_dims)
-            inputs = [next(tensors) if constant is None else constant for constant in ctx.layout]
-            outputs = ctx.saved_tensors[ctx.count :]
+            saved = iter(ctx.saved_tensors)
+            inputs = [ctx.constants[i] if i in ctx.constants else next(saved) for i in range(len(in_dims))]
+            outputs = list(saved)
 
             def one_example(inputs: Any, outputs: Any, grads: Any) -> Any:
                 context = _Context(ctx.needs_input_grad)
@@ -112,11 +117,11 @@ def _batched(cls: type[Function], in_dims: tuple[int | None, ...]) -> type[Funct
                 return results if isinstance(results, tuple) else (results,)
 
             mapped = vmap(one_example, in_dims=(list(in_dims), 0, 0))
-            results = mapped(inputs, list(outputs), list(grads))
+            results = mapped(inputs, outputs, list(grads))
             # What all examples share gets the sum of their gradients.
             return tuple(
                 result.sum(0) if isinstance(result, Tensor) and dim is None else _at(result, dim)
-                for result, dim in zip(results, saved_dims, strict=True)
+                for result, dim in zip(results, in_dims, strict=True)
             )
 
     Batched.__name__ = cls.__name__

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_library: torch.library.Library | None = None
+# One for each namespace that had a decomposition installed; they keep the registrations alive.
+_libraries: dict[str, torch.library.Library] = {}
 
 
 def install_decomposition(name: str, overload: str) -> bool:
@@ -16,8 +17,8 @@ def install_decomposition(name: str, overload: str) -> bool:
     decomposition = decomposition_table.get(getattr(packet, overload or "default"))
     if decomposition is None:
         return False
-    global _library
-    if _library is None:
-        _library = torch.library.Library("aten", "IMPL")
-    _library.impl(f"{operator}.{overload}" if overload else operator, decomposition, "TESTING_ONLY_GenericWrapper")
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
+    full_name = f"{operator}.{overload}" if overload else operator
+    _libraries[namespace].impl(full_name, decomposition, "TESTING_ONLY_GenericWrapper")
     return True

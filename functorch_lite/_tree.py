@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -126,8 +125,3 @@ class Arguments:
 def is_differentiable(leaf: object) -> bool:
     """Whether derivatives with respect to this leaf exist."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros of a tensor's shape, dtype and device, on plain memory."""
-    return torch.zeros_like(tensor, memory_format=torch.preserve_format)

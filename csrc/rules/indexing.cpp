@@ -212,67 +212,71 @@ void index_select_rule(BatchCall& call) {
   call.finish();
 }
 
-// index[B?,k] -> index[B,1..,k,1..] with the sizes of source[B,*,k,*].
-at::Tensor index_like(BatchCall& call, int64_t dim, const at::Tensor& source) {
-  auto index = call.expand_to_front(2, 1);
-  for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
-  while (index.dim() < source.dim()) index = index.unsqueeze(-1);
-  return index.expand_symint(source.sym_sizes());
-}
-
+// The in-place form writes the same result into its first argument x[B,*].
 void finish_write(BatchCall& call, const at::Tensor& x, const at::Tensor& result) {
   call.set_results(call.schema().is_mutable() ? x.copy_(result) : result);
   call.finish();
 }
 
+// What writes along a dimension have in common: x[B?,*,n,*], dim, index[B?,k], source[B?,*,k,*] -> x[B,*,n,*], where a
+// scalar counts as one element.
+struct WriteAlong {
+  BatchCall& call;
+  bool scalar;
+  int64_t rank;
+  int64_t dim;
+  at::Tensor x;
+
+  explicit WriteAlong(BatchCall& c)
+      : call(c),
+        scalar(c.rank(0) == 0),
+        rank(std::max<int64_t>(c.rank(0), 1)),
+        dim(shift_dim(c.arg("dim").toInt(), rank)),
+        x(c.expand_to_front(0, rank)) {}
+
+  at::Tensor source() const { return call.expand_to_front(3, rank); }
+  // index[B?,k] -> index[B,1..,k,1..], expanded to these sizes.
+  at::Tensor index(c10::SymIntArrayRef sizes) const {
+    auto index = call.expand_to_front(2, 1);
+    for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
+    while (index.dim() < static_cast<int64_t>(sizes.size())) index = index.unsqueeze(-1);
+    return index.expand_symint(sizes);
+  }
+  void finish(const at::Tensor& result) const {
+    finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+  }
+};
+
 void index_add_rule(BatchCall& call) {
-  const auto rank = std::max<int64_t>(call.rank(0), 1);
-  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
-  const bool scalar = call.rank(0) == 0;
-  const auto x = call.expand_to_front(0, rank);
-  const auto source = call.expand_to_front(3, rank) * call.arg("alpha").toScalar();
-  auto result = at::scatter_add(x, dim, index_like(call, dim, source), source.to(x.scalar_type()));
-  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+  const WriteAlong write(call);
+  const auto source = write.source() * call.arg("alpha").toScalar();
+  write.finish(at::scatter_add(write.x, write.dim, write.index(source.sym_sizes()), source.to(write.x.scalar_type())));
 }
 
 void index_reduce_rule(BatchCall& call) {
-  const auto rank = std::max<int64_t>(call.rank(0), 1);
-  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
-  const bool scalar = call.rank(0) == 0;
-  const auto x = call.expand_to_front(0, rank);
-  const auto source = call.expand_to_front(3, rank);
-  auto result = at::scatter_reduce(x, dim, index_like(call, dim, source), source, call.arg("reduce").toStringView(),
-                                   call.arg("include_self").toBool());
-  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+  const WriteAlong write(call);
+  const auto source = write.source();
+  write.finish(at::scatter_reduce(write.x, write.dim, write.index(source.sym_sizes()), source,
+                                  call.arg("reduce").toStringView(), call.arg("include_self").toBool()));
 }
 
 void index_copy_rule(BatchCall& call) {
-  const auto rank = std::max<int64_t>(call.rank(0), 1);
-  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
-  const bool scalar = call.rank(0) == 0;
-  const auto x = call.expand_to_front(0, rank);
-  const auto source = call.expand_to_front(3, rank);
-  auto result = at::scatter(x, dim, index_like(call, dim, source), source);
-  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
+  const WriteAlong write(call);
+  const auto source = write.source();
+  write.finish(at::scatter(write.x, write.dim, write.index(source.sym_sizes()), source));
 }
 
 // x[B?,*], dim, index[B?,k], value[B?] -> y[B,*]
 void index_fill_rule(BatchCall& call) {
-  const auto rank = std::max<int64_t>(call.rank(0), 1);
-  const auto dim = shift_dim(call.arg("dim").toInt(), rank);
-  const bool scalar = call.rank(0) == 0;
-  const auto x = call.expand_to_front(0, rank);
-  auto sizes = x.sym_sizes().vec();
-  sizes[dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
-  const auto shape_only = x.new_empty_symint(sizes, x.options());
-  const auto index = index_like(call, dim, shape_only);
-  at::Tensor result;
+  const WriteAlong write(call);
+  auto sizes = write.x.sym_sizes().vec();
+  sizes[write.dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
+  const auto index = write.index(sizes);
   if (call.arg(3).isTensor()) {
-    result = at::scatter(x, dim, index, call.expand_to_front(3, rank).to(x.scalar_type()).expand_symint(sizes));
+    write.finish(at::scatter(write.x, write.dim, index, write.source().to(write.x.scalar_type()).expand_symint(sizes)));
   } else {
-    result = at::scatter(x, dim, index, call.arg(3).toScalar());
+    write.finish(at::scatter(write.x, write.dim, index, call.arg(3).toScalar()));
   }
-  finish_write(call, x, scalar && !call.schema().is_mutable() ? result.squeeze(1) : result);
 }
 
 // index[B,*] -> positions[B,k] in x[B,n], negative ones counted from the end.

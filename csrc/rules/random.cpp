@@ -1,7 +1,6 @@
 // Random operators under the three settings of vmap's `randomness`.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/native_dropout.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/reshape.h>

@@ -2,14 +2,11 @@
 #include <ATen/ops/alias.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/flip.h>
-#include <ATen/ops/permute.h>
 #include <ATen/ops/reshape.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/transpose.h>
-#include <ATen/ops/view.h>
 
 #include "../fallback.h"
 #include "rules.h"

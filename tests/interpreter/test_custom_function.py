@@ -108,6 +108,43 @@ def test_shared_arguments_and_constants(x):
     torch.testing.assert_close(dw, torch.tensor(63.0, dtype=DOUBLE))
 
 
+class ScaledIf(Function):
+    """(x, None, w) -> w * x with the derivatives 10 w and 10 x."""
+
+    @staticmethod
+    def forward(x, nothing, w):
+        assert nothing is None
+        return w * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, nothing, w = inputs
+        assert nothing is None
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return 10 * g * w, None, 10 * g * x
+
+
+def test_argument_that_is_none_under_vmap(x):
+    w = torch.tensor(3.0, dtype=DOUBLE)
+    dx, dw = grad(lambda x, w: vmap(lambda v: ScaledIf.apply(v, None, w))(x).sum(), argnums=(0, 1))(x, w)
+    torch.testing.assert_close(dx, torch.full_like(x, 30))
+    torch.testing.assert_close(dw, 10 * x.sum())
+
+
+@pytest.mark.parametrize("function", [Tripled, OldStyle])
+def test_call_that_no_batched_argument_reaches(function, x):
+    w = torch.tensor(2.0, dtype=DOUBLE)
+    inside = lambda w: vmap(lambda v: v * function.apply(w))(x).sum()
+    torch.testing.assert_close(grad(inside)(w), 3 * w * x.sum())
+    leaf = w.clone().requires_grad_()
+    inside(leaf).backward()
+    torch.testing.assert_close(leaf.grad, 3 * w * x.sum())
+
+
 def test_old_style_at_several_levels_is_refused(x):
     with pytest.raises(NotImplementedError, match=r"OldStyle has forward\(ctx.*more than one level.*setup_context"):
         grad(lambda x: vmap(OldStyle.apply)(x).sum())(x)
