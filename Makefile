@@ -60,10 +60,10 @@ clean:  ## Remove what was built, and .venv
 # One line for each file that is compiled; everything else is in the log.
 build/ready: $(SOURCES) $(if $(filter .venv/%,$(PY)),$(VENV_READY))
 	@mkdir -p build
-	@echo "Building functorch_lite with $$($(PY) --version): takes a minute or two. The whole log is build/install.log."
+	@echo "Building functorch_lite with $$($(PY) --version): takes about a minute. The whole log is build/install.log."
 	@$(PY) -c 'import setuptools, wheel, ninja' 2>/dev/null || $(PY) -m pip install setuptools wheel ninja
 	@$(PY) -m pip install -v --no-build-isolation -e '.[test]' 2>&1 | tee build/install.log \
-	  | sed -unE 's|^ *(\[[0-9]+/[0-9]+\]).*/(csrc/[^ ]+)\.o .*|  \1 \2|p; /^ *(Collecting|Downloading|Successfully)/p' \
+	  | sed -unE 's|^ *(\[[0-9]+/[0-9]+\]).*/build/units/([^ ]+)\.o .*|  \1 \2|p; /^ *(Collecting|Downloading|Successfully)/p' \
 	  || { grep -E 'error|Error' build/install.log | head -20; tail -5 build/install.log; exit 1; }
 	@echo "$(PY) $$($(call TORCH_OF,$(PY)))" > $@
 

@@ -317,9 +317,9 @@ struct Rules {
   DerivativeRule reverse;
   int reverse_from;  // the number of autodiff levels outside from which reverse mode needs it
 };
-using Table = std::unordered_map<c10::OperatorHandle, Rules>;
+using DerivativeRules = std::unordered_map<c10::OperatorHandle, Rules>;
 
-Table make_table() {
+DerivativeRules make_table() {
   const auto only_forward = [](DerivativeRule rule) { return Rules{rule, nullptr, kNever}; };
   const auto nested = [](DerivativeRule rule) { return Rules{rule, rule, 1}; };
   const std::pair<const char*, Rules> rows[] = {
@@ -336,7 +336,7 @@ Table make_table() {
       {"_linalg_det", {det, det_by_lu, 2}},
       {"_linalg_slogdet", {slogdet, slogdet_by_lu, 2}},
   };
-  Table table;
+  DerivativeRules table;
   for (const auto& [name, rules] : rows) table.emplace(find_operator(name), rules);
   return table;
 }
@@ -350,7 +350,7 @@ int autodiff_levels_outside(const Level& level) {
 }  // namespace
 
 DerivativeRule find_derivative_rule(const c10::OperatorHandle& op, const AutodiffLevel& level) {
-  static const Table table = make_table();
+  static const DerivativeRules table = make_table();
   const auto found = table.find(op);
   if (found == table.end()) return nullptr;
   const auto& rules = found->second;
