@@ -74,6 +74,12 @@ def _described(name: str, rule: Rule) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
+def _types(outputs: Any) -> str:
+    if isinstance(outputs, tuple):
+        return f"({', '.join(type(output).__name__ for output in outputs)})"
+    return type(outputs).__name__
+
+
 def _is_dim(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
@@ -111,13 +117,14 @@ def _checked_dim(described: str, outputs: Any, index: int, leaf: Any, dim: int, 
 
 
 class OperatorRule:
-    """The rule of one operator as a kernel: for operators that write, their arguments are what is returned."""
+    """The rule of one operator as a kernel. An operator that writes returns the arguments it wrote into."""
 
     def __init__(self, op: OpOverload, find_rule: Callable[[], Rule]) -> None:
         self.name = op.name()
         self.find_rule = find_rule
         schema = op._schema
         self.arguments = [argument.name for argument in schema.arguments]
+        self.types = [str(result.type) for result in schema.returns]
         writes = {a.name: a.alias_info.before_set for a in schema.arguments if a.alias_info and a.alias_info.is_write}
         self.targets = list(writes)
         memories = [result.alias_info.before_set if result.alias_info else None for result in schema.returns]
@@ -131,16 +138,30 @@ class OperatorRule:
         rule = self.find_rule()
         name = f"the batching rule of {self.name}"
         outputs = run(rule, name, args, kwargs)
-        results = list(outputs) if isinstance(outputs, (tuple, list)) and len(self.returned) != 1 else [outputs]
-        if outputs is None and not self.returned:
-            return None
-        if len(results) != len(self.returned):
+        results = self._each(outputs)
+        if results is None:
             raise TypeError(
-                f"vmap: {_described(name, rule)} returned {len(results)} outputs, but the operator has "
-                f"{len(self.returned)}."
+                f"vmap: {_described(name, rule)} returned {_types(outputs)}, but the operator returns "
+                f"{', '.join(self.types) or 'None'}."
             )
         results = [given[a] if a is not None else result for a, result in zip(self.returned, results, strict=True)]
-        return results[0] if len(results) == 1 else tuple(results)
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    def _each(self, outputs: Any) -> list[Any] | None:
+        """The outputs as a list, if they are what the operator returns."""
+        count = len(self.types)
+        if count == 1:
+            results = [outputs]
+        elif outputs is None:
+            results = []
+        else:
+            results = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        # Of several tensors, some may be undefined: those that a backward operator was not asked for.
+        fits = [
+            isinstance(result, Tensor) or (result is None and count > 1) or kind != "Tensor"
+            for result, kind in zip(results, self.types, strict=False)
+        ]
+        return results if len(results) == count and all(fits) else None
 
     def _make_batched(self, target: Tensor) -> None:
         """Give what the rule will write into a batch, or say that it cannot have one."""
@@ -195,10 +216,16 @@ def _packet(name: str) -> Any:
 def find_operator(name: str) -> OpOverload | None:
     """The operator with this name, as in ``"aten::sum.dim_IntList"``; None if there is none."""
     found = getattr(_packet(name), name.partition(".")[2] or "default", None)
-    return found if isinstance(found, OpOverload) else None
+    return found if isinstance(found, OpOverload) and _is_dispatched(found) else None
 
 
 def overloads_of(name: str) -> list[OpOverload]:
     """All overloads of the operator, given the name of one of them or the part before the dot."""
     packet = _packet(name)
-    return [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return [op for op in overloads if _is_dispatched(op)]
+
+
+def _is_dispatched(op: OpOverload) -> bool:
+    # Some overloads exist in TorchScript only.
+    return torch._C._dispatch_has_kernel(op.name())

@@ -152,7 +152,7 @@ def _resolve(caller: str, op: Any) -> OpOverload:
     if isinstance(op, CustomOpDef):
         return op._opoverload
     if isinstance(op, OpOverloadPacket):
-        overloads = [getattr(op, overload) for overload in op.overloads()]
+        overloads = _rules.overloads_of(op._qualified_op_name)
         if len(overloads) == 1:
             return overloads[0]
         raise ValueError(f"{caller}: {op} has several overloads, each with a rule of its own: {_names(overloads)}.")
