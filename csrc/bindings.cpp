@@ -245,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
         "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
+  m.def("strip_closed_levels", &strip_closed_levels);
   m.def("batching_rules", &batching_rules);
   m.def("unknown_operators", &RuleTable::unknown_operators);
   m.def("set_fast_paths", &set_fast_paths);

@@ -55,11 +55,12 @@ def check_one_vmap_rule(function: Any) -> None:
         )
 
 
-def refuse_mark_dirty() -> NoReturn:
+def refuse_mark_dirty(name: str) -> NoReturn:
     """Raise: a Function writes in place where its derivative is mapped."""
     raise NotImplementedError(
-        "vmap: a torch.autograd.Function that calls ctx.mark_dirty is differentiated outside this vmap. Give it a "
-        "staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims), or write it without mark_dirty."
+        f"vmap: torch.autograd.Function {name} writes into an argument (ctx.mark_dirty) and is differentiated outside "
+        f"this vmap. Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims), or let it "
+        f"return a new tensor."
     )
 
 

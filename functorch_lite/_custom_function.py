@@ -25,10 +25,13 @@ _plain_apply: Callable[..., Any] = Function.apply.__func__  # type: ignore[attr-
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     level = _C.current_level()
+    # What a backward pass saved are wrappers of a level that is closed by now.
+    args = tuple(_C.strip_closed_levels(arg) if isinstance(arg, Tensor) and _C.is_wrapper(arg) else arg for arg in args)
     if level is None or _belongs_to_an_operator(cls):
         return _plain_apply(cls, *args, **kwargs)
-    if kwargs and _has_setup_context(cls):
+    if _has_setup_context(cls) and (kwargs or getattr(cls.forward, "__defaults__", None)):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs
     if kwargs:
         return _plain_apply(cls, *args, **kwargs)
@@ -142,9 +145,6 @@ class _Context:
     def set_materialize_grads(self, value: bool) -> None:
         pass
 
-    def mark_dirty(self, *tensors: Tensor) -> None:
-        _checks.refuse_mark_dirty()
-
 
 def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: str) -> type[Function]:
     from functorch_lite._vmap import vmap
@@ -171,7 +171,15 @@ def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: st
     class Mapped(Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            return vmap(cls.forward, in_dims=in_dims, randomness=randomness)(*args)
+            versions = [_version(arg) for arg in args]
+            outputs = vmap(cls.forward, in_dims=in_dims, randomness=randomness)(*args)
+            if versions != [_version(arg) for arg in args]:
+                _checks.refuse_mark_dirty(cls.__name__)
+            # An argument that is returned as it is could not be saved.
+            known = {id(arg) for arg in args}
+            return _tree.map_tensors(
+                lambda output: output.view_as(output) if id(output) in known else output, outputs
+            )
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -197,6 +205,10 @@ def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: st
 
     Mapped.__name__ = cls.__name__
     return Mapped
+
+
+def _version(arg: Any) -> int | None:
+    return arg._version if isinstance(arg, Tensor) and not arg.is_inference() else None
 
 
 def _at(result: Any, dim: int | None) -> Any:
