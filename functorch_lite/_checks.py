@@ -66,7 +66,12 @@ def refuse_mark_dirty(name: str) -> NoReturn:
 
 def needs_memory(error: RuntimeError) -> bool:
     """Whether code failed because it wanted numbers (for numpy, or a Python value) from a tensor inside a transform."""
-    parts = ("doesn't have storage", "Cannot access storage", "has no memory of its own", "cannot run on batched values")
+    parts = (
+        "doesn't have storage",
+        "Cannot access storage",
+        "has no memory of its own",
+        "cannot run on batched values",
+    )
     return any(part in str(error) for part in parts)
 
 

@@ -177,9 +177,7 @@ def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: st
                 _checks.refuse_mark_dirty(cls.__name__)
             # An argument that is returned as it is could not be saved.
             known = {id(arg) for arg in args}
-            return _tree.map_tensors(
-                lambda output: output.view_as(output) if id(output) in known else output, outputs
-            )
+            return _tree.map_tensors(lambda output: output.view_as(output) if id(output) in known else output, outputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -21,7 +21,7 @@ from torch.library import Library
 from functorch_lite import _rules
 
 _KEY = "FuncTorchBatched"
-_plain_impl = Library.impl
+_plain_impl: Callable[..., None] = Library.impl
 
 
 def _closure(kernel: Any) -> dict[str, Any]:
@@ -35,8 +35,11 @@ def _closure(kernel: Any) -> dict[str, Any]:
 
 def _adopt(library: Library, op: OpOverload, captured: dict[str, Any]) -> None:
     definition = captured.get("self")
-    # A CustomOpDef may get another function later, without another registration.
-    find_rule: Callable[[], Any] = lambda: definition._vmap_fn if definition is not None else captured["func"]  # noqa: E731
+
+    def find_rule() -> Any:
+        # A CustomOpDef may get another function later, without another registration.
+        return definition._vmap_fn if definition is not None else captured["func"]
+
     _rules.library_rules[op.name()] = _rules.OperatorRule(op, find_rule)
     _plain_impl(library, op.name().partition("::")[2], _rules.kernel_of(op), _rules.RULES_KEY)
 
@@ -59,8 +62,10 @@ def _adopt_earlier() -> None:
     objects = [found for generation in (2, 1, 0) for found in gc.get_objects(generation)]
     libraries = [found for found in objects if type(found) is Library]
     for captured in filter(None, map(_closure, objects)):
-        definition = captured.get("self")
-        op = definition._opoverload if definition is not None else captured.get("op_overload", captured.get("op"))
+        # The name of the variable depends on the release.
+        op: Any = (
+            captured["self"]._opoverload if "self" in captured else captured.get("op_overload", captured.get("op"))
+        )
         key = f"{op.name().replace('::', '/')}/{_KEY}"
         for library in libraries:
             if key in library._op_impls:

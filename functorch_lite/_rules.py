@@ -1,4 +1,4 @@
-"""Batching rules written in Python: how they are called, and the kernels that stand for them in PyTorch's dispatcher."""
+"""Batching rules written in Python: how they are called, and the kernels that stand for them in the dispatcher."""
 
 from __future__ import annotations
 
@@ -39,22 +39,26 @@ def run(rule: Rule, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     in_dims = _tree.unflatten([dim for _, dim in unwrapped], spec)
     named = {key: _unbatched(level, name, key, value) for key, value in kwargs.items()}
     with _C.Below():
-        result = rule(VmapInfo(level.batch_size, level.randomness.name), in_dims, *_tree.unflatten(values, spec), **named)
+        result = rule(
+            VmapInfo(level.batch_size, level.randomness.name), in_dims, *_tree.unflatten(values, spec), **named
+        )
     described = _described(name, rule)
     if not isinstance(result, tuple) or len(result) != 2:
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise TypeError(f"vmap: {described} must return (outputs, out_dims), got {got}.")
     outputs, out_dims = result
     out_leaves, out_spec = _tree.flatten(outputs)
-    flat_dims = _flat_out_dims(described, outputs, out_dims)
+    # A rule that returns an argument means the argument itself, which it may have written into.
+    known = {(id(value), dim): arg for arg, (value, dim) in zip(leaves, unwrapped, strict=True)}
     wrapped = []
-    for i, (leaf, dim) in enumerate(zip(out_leaves, flat_dims, strict=True)):
-        # A rule that returns an argument means the argument itself, which it may have written into.
-        same = [arg for arg, value in zip(leaves, values, strict=True) if value is leaf and isinstance(arg, Tensor)]
-        if same or dim is None:
-            wrapped.append(same[0] if same else leaf)
-        else:
-            wrapped.append(level.lift(leaf, _checked_dim(described, outputs, i, leaf, dim, level.batch_size)))
+    for i, (leaf, dim) in enumerate(zip(out_leaves, _flat_out_dims(described, outputs, out_dims), strict=True)):
+        wrong = _wrong_dim(leaf, dim, level.batch_size)
+        if wrong:
+            path = _tree.paths(outputs)[i]
+            raise ValueError(f"vmap: {described} returned out_dim {dim} for output{path}, {wrong}.")
+        place = None if dim is None else dim % leaf.dim()
+        lifted = leaf if place is None else level.lift(leaf, place)
+        wrapped.append(known.get((id(leaf), place), lifted))
     return _tree.unflatten(wrapped, out_spec)
 
 
@@ -96,24 +100,19 @@ def _flat_out_dims(described: str, outputs: Any, out_dims: Any) -> list[int | No
     return flat
 
 
-def _checked_dim(described: str, outputs: Any, index: int, leaf: Any, dim: int, batch_size: int) -> int:
-    """``dim`` counted from the front, if it can be the batch dimension of this output."""
-    path = _tree.paths(outputs)[index]
+def _wrong_dim(leaf: Any, dim: int | None, batch_size: int) -> str:
+    """Why ``dim`` cannot be the batch dimension of an output; empty if it can."""
+    if dim is None:
+        return ""
     if not isinstance(leaf, Tensor):
-        raise TypeError(
-            f"vmap: {described} returned out_dim {dim} for output{path}, a {type(leaf).__name__}. Give None for what "
-            f"is no tensor."
-        )
+        return f"a {type(leaf).__name__}. Give None for what is no tensor"
     shape = tuple(leaf.shape)
     if not -len(shape) <= dim < len(shape):
-        raise ValueError(f"vmap: {described} returned out_dim {dim} for output{path}, whose shape is {shape}.")
-    sizes = (shape[dim], batch_size)
-    if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"vmap: {described} returned out_dim {dim} for output{path}, whose shape is {shape}, but the batch size is "
-            f"{batch_size}."
-        )
-    return dim % len(shape)
+        return f"whose shape is {shape}"
+    # Comparing symbolic sizes would fix them.
+    if isinstance(shape[dim], int) and isinstance(batch_size, int) and shape[dim] != batch_size:
+        return f"whose shape is {shape}, but the batch size is {batch_size}"
+    return ""
 
 
 class OperatorRule:

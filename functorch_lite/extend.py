@@ -111,7 +111,7 @@ def register_decomposition(op: Any) -> Callable[[FunctionT], FunctionT]:
 
 
 def remove_rule(op: Any) -> None:
-    """Take back what `register_batching_rule` or `register_decomposition` did: the built-in rule, if any, is used again.
+    """Take back what the two decorators registered for an operator: the built-in rule, if any, is used again.
 
     Args:
         op: As in `register_batching_rule`.

@@ -418,7 +418,9 @@ def test_function_that_writes(function, x):
     torch.testing.assert_close(vmap(grad(f))(x), torch.full_like(x, 40))
     outside = grad(lambda x: vmap(f)(x).sum())
     if function is Doubled:
-        with pytest.raises(NotImplementedError, match=r"vmap: .*Function Doubled writes into an argument.*staticmethod vmap"):
+        with pytest.raises(
+            NotImplementedError, match=r"vmap: .*Function Doubled writes into an argument.*staticmethod vmap"
+        ):
             outside(x)
     else:
         torch.testing.assert_close(outside(x), torch.full_like(x, 40))

@@ -309,13 +309,16 @@ def test_keyword_only_tensors(rule):
 def test_decomposition(rule):
     rule(outer, lambda x, y, scale=1.0: scale * x[:, None] * y, register_decomposition)
     x, y = rand(2, 3, 4), rand(3, 5)
-    torch.testing.assert_close(vmap(outer, in_dims=(0, None))(x[:, 0], y[0]), torch.stack([outer(v[0], y[0]) for v in x]))
+    torch.testing.assert_close(
+        vmap(outer, in_dims=(0, None))(x[:, 0], y[0]), torch.stack([outer(v[0], y[0]) for v in x])
+    )
     expected = torch.stack([loop(outer, x[i], y, in_dims=(0, 0)) for i in range(2)])
     torch.testing.assert_close(vmap(vmap(outer), in_dims=(0, None))(x, y), expected)
 
 
 @pytest.mark.parametrize(
-    "name", ["aten::cumsum", "aten::sin", "aten::histc", "aten::linear", "aten::special_zeta.other_scalar", "aten::trace"]
+    "name",
+    ["aten::cumsum", "aten::sin", "aten::histc", "aten::linear", "aten::special_zeta.other_scalar", "aten::trace"],
 )
 def test_override_of_a_built_in_operator_and_back(name):
     """With a built-in rule, a shortcut in C++, a loop, a composition, and a decomposition."""
@@ -394,6 +397,12 @@ def test_rule_under_tracing(rule):
         torch.testing.assert_close(graph(x), x.cos())
 
 
+def test_argument_that_is_returned_with_another_batch_dimension(rule):
+    rule(sine, lambda info, in_dims, x: (x, 1 - in_dims[0]))
+    x = rand(3, 3)
+    torch.testing.assert_close(vmap(sine)(x), x.T)
+
+
 # Errors.
 
 
@@ -408,8 +417,12 @@ WRONG_RESULTS = {
     "kind of dim": ((rand(3), "0"), ValueError, ["out_dims='0'", "Give one int or None for all"]),
     "range": ((rand(3), 1), ValueError, ["out_dim 1 for output, whose shape is (3,)"]),
     "size": ((rand(3, 4), 1), ValueError, ["out_dim 1", "shape is (3, 4)", "the batch size is 3"]),
-    "no tensor": ((1.0, 0), TypeError, ["out_dim 0 for output, a float", "Give None"]),
-    "too many": (((rand(3), rand(3)), (0, 0)), TypeError, ["returned (Tensor, Tensor), but the operator returns Tensor"]),
+    "no tensor": ((1.0, 0), ValueError, ["out_dim 0 for output, a float", "Give None"]),
+    "too many": (
+        ((rand(3), rand(3)), (0, 0)),
+        TypeError,
+        ["returned (Tensor, Tensor), but the operator returns Tensor"],
+    ),
     "none": ((None, None), TypeError, ["returned NoneType, but the operator returns Tensor"]),
 }
 
