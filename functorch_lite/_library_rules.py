@@ -2,7 +2,8 @@
 
 PyTorch makes a kernel of the user's function and registers it, with `Library.impl`, on a key of torch.func. That is
 where it is seen: the function is taken out of the kernel's closure and registered on our key in the same library, so
-that both live equally long.
+that both live equally long. `Library.define` is where an operator is seen that comes again under the same name, as when
+a cell of a notebook is run twice: rules of the earlier one are not for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functorch_lite import _rules
 
 _KEY = "FuncTorchBatched"
 _plain_impl: Callable[..., None] = Library.impl
+_plain_define: Callable[..., Any] = Library.define
 
 
 def _closure(kernel: Any) -> dict[str, Any]:
@@ -55,6 +57,13 @@ def _impl(self: Library, op_name: Any, fn: Any, dispatch_key: str = "", **option
             _adopt(self, op, captured)
 
 
+@functools.wraps(_plain_define)
+def _define(self: Library, schema: str, *args: Any, **options: Any) -> Any:
+    defined = _plain_define(self, schema, *args, **options)
+    _rules.forget(f"{self.ns}::{schema.partition('(')[0].rpartition('::')[2]}")
+    return defined
+
+
 def _adopt_earlier() -> None:
     """Find what was registered before this package was imported."""
     if not any(key.endswith(f"/{_KEY}") for key in torch.library._impls):
@@ -76,3 +85,4 @@ def install() -> None:
     """From now on, and for what was registered before."""
     _adopt_earlier()
     Library.impl = _impl  # type: ignore[method-assign]
+    Library.define = _define  # type: ignore[method-assign]

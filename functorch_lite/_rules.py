@@ -206,6 +206,13 @@ def uninstall(name: str) -> None:
     _libraries.pop(name, None)
 
 
+def forget(name: str) -> None:
+    """Drop what Python registered for an operator that is gone."""
+    overrides.pop(name, None)
+    library_rules.pop(name, None)
+    uninstall(name)
+
+
 def _packet(name: str) -> Any:
     namespace, _, rest = name.partition("::")
     operator = rest.partition(".")[0]

@@ -75,6 +75,7 @@ def register_decomposition(op: Any) -> Callable[[FunctionT], FunctionT]:
     """Decorate a function of one example that `vmap` runs in place of an operator.
 
     It takes and returns what the operator does, and sees no batch: it is written as the function that is mapped is.
+    It must not call the operator itself.
     Use it where other operators compute the same, and `register_batching_rule` where that is not so, or too slow.
 
     Args:

@@ -297,6 +297,25 @@ def test_vmap_staticmethod_of_several_outputs(x):
     torch.testing.assert_close(vmap(lambda x: jvp(cube, (x,), (x,))[1])(x), 3 * x**3)
 
 
+def test_vmap_staticmethod_with_a_list(x):
+    class Total(Function):
+        @staticmethod
+        def forward(xs):
+            return torch.from_numpy(sum(x.numpy() for x in xs))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def vmap(info, in_dims, xs):
+            assert in_dims == ([0, 1],)
+            return Total.apply([xs[0], xs[1].T]), 0
+
+    total = vmap(lambda a, b: Total.apply([a, b]), in_dims=(0, 1))
+    torch.testing.assert_close(total(torch.outer(x, x)[:2], torch.ones(3, 2).double()), torch.outer(x, x)[:2] + 1)
+
+
 def test_what_the_vmap_staticmethod_gets(x):
     NumpyMul.calls.clear()
     vmap(lambda x: NumpyMul.apply(x, 2 * x[0]), in_dims=1, randomness="same")(torch.outer(x, x)[:2])

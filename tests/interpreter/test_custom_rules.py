@@ -191,6 +191,22 @@ def test_derivatives_of_a_custom_operator(with_rule, rule):
 
 
 @loops
+def test_derivatives_of_a_custom_operator_with_lists():
+    @custom_op("fl_test::sines", mutates_args=())
+    def sines(xs: list[Tensor]) -> list[Tensor]:
+        return [x.sin() for x in xs]
+
+    sines.register_autograd(
+        lambda ctx, gs: [g * x.cos() for g, x in zip(gs, ctx.saved_tensors, strict=True)],
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
+    )
+    x = rand(3, 2)
+    total = lambda v: sum(y.sum() for y in sines([v, 2 * v]))
+    torch.testing.assert_close(vmap(grad(total))(x), x.cos() + 2 * (2 * x).cos())
+    torch.testing.assert_close(grad(lambda x: vmap(total)(x).sum())(x), x.cos() + 2 * (2 * x).cos())
+
+
+@loops
 def test_triton_op():
     @torch.library.triton_op("fl_test::shifted", mutates_args={})
     def shifted(x: Tensor) -> Tensor:
@@ -529,11 +545,13 @@ def test_redefined_custom_op_has_no_rule():
 
         return redefined
 
-    define().register_vmap(lambda info, in_dims, x: (x + 1, in_dims[0]))
-    torch.testing.assert_close(vmap(torch.ops.fl_test.redefined)(rand(3)), rand(3) + 1)
-    define()
-    with pytest.warns(LoopFallbackWarning):
-        torch.testing.assert_close(vmap(torch.ops.fl_test.redefined)(rand(3)), rand(3))
+    rule = lambda info, in_dims, x: (x + 1, in_dims[0])
+    for register in (lambda op: op.register_vmap(rule), lambda op: register_batching_rule(op)(rule)):
+        register(define())
+        torch.testing.assert_close(vmap(torch.ops.fl_test.redefined)(rand(3)), rand(3) + 1)
+        redefined = define()
+        with pytest.warns(LoopFallbackWarning):
+            torch.testing.assert_close(vmap(redefined)(rand(3)), rand(3))
 
 
 def test_register_vmap_before_the_import():
