@@ -82,7 +82,7 @@ def _one_level_down(cls: type[Function]) -> type[Function]:
         def forward(*args: Any) -> Any:
             level = _C.current_level()
             assert isinstance(level, _C.AutodiffLevel)
-            values = [level.value_of(arg) if isinstance(arg, Tensor) else arg for arg in args]
+            values = _tree.map_tensors(level.value_of, args)
             with _C.Below():
                 outputs = _apply(cls, *values)
             # An argument that is returned stays the argument: it may have been written into.

@@ -309,9 +309,10 @@ def test_vmap_staticmethod_with_a_list(x):
 
         @staticmethod
         def vmap(info, in_dims, xs):
-            assert in_dims == ([0, 1],)
-            return Total.apply([xs[0], xs[1].T]), 0
+            assert in_dims in (([0],), ([0, 1],))
+            return Total.apply([xs[0], *(x.T for x in xs[1:])]), 0
 
+    torch.testing.assert_close(vmap(jacrev(lambda a: a * Total.apply([a])))(x[None]), torch.diag(x)[None])
     total = vmap(lambda a, b: Total.apply([a, b]), in_dims=(0, 1))
     torch.testing.assert_close(total(torch.outer(x, x)[:2], torch.ones(3, 2).double()), torch.outer(x, x)[:2] + 1)
 
