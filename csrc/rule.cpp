@@ -134,6 +134,7 @@ void register_batching_rules() {
   add_embedding_rules(rules);
   add_linalg_rules(rules);
   add_attention_rules(rules);
+  add_python_value_rules(rules);
   add_default_rows(rules);
 }
 
