@@ -157,6 +157,13 @@ def test_loop_that_writes(in_dims):
     torch.testing.assert_close(target.T if in_dims[0] == 1 else target, expected)
     torch.testing.assert_close(history, shared.expand(3, 3).contiguous())
 
+    def into_new(x):
+        total = torch.ones(3, dtype=DOUBLE)
+        accumulate(total, x, [])
+        return total
+
+    torch.testing.assert_close(vmap(into_new)(x), 1 + x)
+
 
 @loops
 def test_loop_over_an_empty_batch_and_in_two_levels():
@@ -273,6 +280,13 @@ def test_rule_that_writes(rule):
     expected = target.T + x
     assert vmap(lambda t, x: accumulate(t, x, []), in_dims=(1, 0))(target, x) is None
     torch.testing.assert_close(target.T, expected)
+
+    def into_new(x):
+        total = torch.ones(2, dtype=DOUBLE)
+        accumulate(total, x, [])
+        return total
+
+    torch.testing.assert_close(vmap(into_new)(x), 1 + x)
     with pytest.raises(ValueError, match=r"vmap: the in-place operator fl_test::accumulate writes batched values"):
         vmap(lambda x: accumulate(target[:, 0], x, []))(x)
 
