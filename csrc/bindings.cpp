@@ -8,6 +8,7 @@
 #include "autodiff_level.h"
 #include "errors.h"
 #include "fallback.h"
+#include "front.h"
 #include "rule.h"
 #include "vmap_level.h"
 #include "wrapper.h"
@@ -214,6 +215,8 @@ PYBIND11_MODULE(_C, m) {
       .value("different", VmapLevel::Randomness::kDifferent);
   py::class_<VmapLevel, Level, c10::intrusive_ptr<VmapLevel>>(m, "VmapLevel")
       .def(py::init<c10::SymInt, VmapLevel::Randomness>())
+      .def_property_readonly("batch_size", &VmapLevel::batch_size)
+      .def_property_readonly("randomness", &VmapLevel::randomness)
       .def("lift", &lift_batched)
       .def("unwrap", &unwrap_batched);
   py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")
@@ -248,7 +251,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe", &describe);
   m.def("innermost_value", &innermost_value);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
+  m.def("strip_closed_levels", &strip_closed_levels);
   m.def("batching_rules", &batching_rules);
   m.def("unknown_operators", &RuleTable::unknown_operators);
+  m.def("set_fast_paths", &set_fast_paths);
   m.def("set_python_side", &set_python_side);
 }
