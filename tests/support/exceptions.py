@@ -5,6 +5,9 @@ from __future__ import annotations
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 
+#: With randomness="same", other random numbers than a single example draws.
+OTHER_NUMBERS = {"nn.functional.rrelu"}  # a kernel that draws no numbers for positive elements
+
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
     "view",
