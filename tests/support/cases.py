@@ -83,25 +83,33 @@ def _levels(call: Call, *levels: tuple[int, Place, Iterable[int] | None]) -> tup
     return tuple(result)
 
 
-def _choices(call: Call) -> dict[str, tuple[Level, ...]]:
+def _places(call: Call) -> list[tuple[str, tuple[Level, ...]]]:
     """Where the batch may be."""
     first, last = PLACES["first"], PLACES["last"]
-    choices = {f"all {name}": _levels(call, (3, place, None)) for name, place in PLACES.items()}
-    choices["mixed"] = (Level(3, tuple(x.dim() if i % 2 else 0 for i, x in enumerate(call.args))),)
+    places = {f"all {name}": _levels(call, (3, place, None)) for name, place in PLACES.items()}
+    places["mixed"] = (Level(3, tuple(x.dim() if i % 2 else 0 for i, x in enumerate(call.args))),)
     if len(call.args) > 1:
         for i, group in enumerate(call.groups):
             for name, place in PLACES.items():
-                choices[f"only {i} {name}"] = _levels(call, (3, place, group))
-    choices["nested, last and first"] = _levels(call, (2, last, None), (3, first, None))
-    choices["nested, first and last"] = _levels(call, (2, first, None), (3, last, None))
+                places[f"only {i} {name}"] = _levels(call, (3, place, group))
+    places["nested, last and first"] = _levels(call, (2, last, None), (3, first, None))
+    places["nested, first and last"] = _levels(call, (2, first, None), (3, last, None))
     if len(call.groups) > 1:
         others = [i for group in call.groups[1:] for i in group]
-        choices["nested, 0 outside"] = _levels(call, (2, last, call.groups[0]), (3, first, others))
-        choices["nested, 0 inside"] = _levels(call, (2, first, others), (3, last, call.groups[0]))
-    choices["batch of one"] = _levels(call, (1, PLACES["middle"], None))
-    choices["empty batch"] = _levels(call, (0, first, None))
-    # Two names for one choice, as all places of a scalar are one.
-    return {label: levels for levels, label in {levels: label for label, levels in reversed(choices.items())}.items()}
+        places["nested, 0 outside"] = _levels(call, (2, last, call.groups[0]), (3, first, others))
+        places["nested, 0 inside"] = _levels(call, (2, first, others), (3, last, call.groups[0]))
+    # For a scalar, all places are one.
+    names: dict[tuple[Level, ...], str] = {}
+    for name, levels in places.items():
+        names.setdefault(levels, name)
+    return [(name, levels) for levels, name in names.items()]
+
+
+def _small_batches(call: Call) -> list[tuple[str, tuple[Level, ...]]]:
+    return [
+        ("batch of one", _levels(call, (1, PLACES["middle"], None))),
+        ("empty batch", _levels(call, (0, PLACES["first"], None))),
+    ]
 
 
 def cases_of(op: OpInfo, form: str, extent: ops.Extent) -> Iterator[tuple[torch.dtype, Case]]:
@@ -116,6 +124,8 @@ def cases_of(op: OpInfo, form: str, extent: ops.Extent) -> Iterator[tuple[torch.
             call = forms.FORMS[form](op, sample)
             if call is None:
                 continue
-            key = f"{ops.name_of(op)} {form} {dtype} {index}"
-            for label, levels in ops.pick(list(_choices(call).items()), extent.places, key):
+            choices = ops.pick(_places(call), extent.places, f"{ops.name_of(op)} {form} {dtype} {index}")
+            if index == 0 or extent.places is None:
+                choices += _small_batches(call)
+            for label, levels in choices:
                 yield dtype, Case(f"sample {index}, {label}", call, levels)
