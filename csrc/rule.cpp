@@ -134,6 +134,8 @@ void register_batching_rules() {
   add_embedding_rules(rules);
   add_linalg_rules(rules);
   add_attention_rules(rules);
+  add_foreach_rules(rules);
+  add_optimizer_rules(rules);
   add_default_rows(rules);
 }
 

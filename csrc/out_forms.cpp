@@ -1,0 +1,91 @@
+// Operators with `out` arguments. See out_forms.h first.
+#include "out_forms.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/clone.h>
+#include <ATen/ops/resize.h>
+
+#include "batch_call.h"
+#include "siblings.h"
+
+namespace functorch_lite {
+namespace {
+
+// Whether somebody else reads or writes the memory of a result: a view of an argument, or what autograd has saved.
+bool is_shared(const at::Tensor& result) {
+  const auto& memory = innermost_value(result);
+  return !memory.has_storage() || memory.storage().use_count() > 1;
+}
+
+// As resize_ does: `out` stays the same tensor and gets other contents. Those share its version counter from now on, so
+// that a write is seen by whoever saved `out`.
+void replace_contents(Wrapper& out, at::Tensor value, int64_t bdim) {
+  if (is_shared(value)) value = at::clone(value);
+  for (const auto* part = &value;;) {
+    part->unsafeGetTensorImpl()->set_version_counter(out.version_counter());
+    const auto* wrapper = as_wrapper(*part);
+    if (wrapper == nullptr) break;
+    part = &wrapper->value();
+  }
+  out.bump_version();
+  out.replace_value(std::move(value), bdim);
+}
+
+// Gives `out` the result as its contents, in the shape of the result and the dtype of `out`.
+void write_out(const c10::OperatorHandle& op, const at::Tensor& out, const at::Tensor& result) {
+  TORCH_CHECK_TYPE(c10::canCast(result.scalar_type(), out.scalar_type()), "vmap: ", op.operator_name().name,
+                   " has a result of dtype ", result.scalar_type(), ", and the tensor given as out is of dtype ",
+                   out.scalar_type(), ", to which that cannot be cast. Pass an out tensor of the dtype of the result.");
+  auto& level = current_vmap_level();
+  auto* wrapper = wrapper_at(out, &level);
+  TORCH_CHECK_VALUE(wrapper != nullptr || wrapper_at(result, &level) == nullptr, "vmap: ", op.operator_name().name,
+                    " writes batched values into a tensor that is not batched, given as out (shape ", out.sym_sizes(),
+                    "): every example would need its own copy. Use what ", op.operator_name().name,
+                    " returns without out, or make the tensor from a batched one, for example with x.new_empty(0).");
+  if (out.sym_sizes() == result.sym_sizes()) {
+    out.copy_(result);
+    return;
+  }
+  if (out.sym_numel() != 0) {
+    TORCH_WARN("vmap: ", op.operator_name().name, " resizes the tensor given as out, of shape ", out.sym_sizes(),
+               ", to the shape ", result.sym_sizes(), " of the result. Pass one of that shape, or an empty one.");
+  }
+  if (wrapper == nullptr) {
+    out.resize__symint(result.sym_sizes());
+    out.copy_(result);
+    return;
+  }
+  const auto converted = result.to(out.scalar_type());
+  const auto* batched = wrapper_at(converted, &level);
+  const RunBelow below(level);
+  if (batched != nullptr) return replace_contents(*wrapper, batched->value(), batched->bdim());
+  replace_contents(*wrapper, expand_batch(converted, level.batch_size()), 0);
+}
+
+}  // namespace
+
+bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
+  if (!is_out_form(op.schema())) return false;
+  const auto* functional = find_sibling(op);
+  if (functional == nullptr) return false;
+  const Stack arguments = torch::jit::pop(stack, count_arguments(op));
+  auto results = functional->arguments(arguments);
+  functional->op.callBoxed(&results);
+  const auto first_out = arguments.size() - results.size();
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto& out = arguments[first_out + i];
+    if (out.isTensor()) {
+      write_out(op, out.toTensor(), results[i].toTensor());
+    } else {
+      const auto outs = out.toTensorVector();
+      const auto tensors = results[i].toTensorVector();
+      TORCH_CHECK_VALUE(outs.size() == tensors.size(), "vmap: ", op.operator_name().name, " has ", tensors.size(),
+                        " results, and out is a list of ", outs.size(), " tensors. Pass one for each result.");
+      for (size_t k = 0; k < outs.size(); ++k) write_out(op, outs[k], tensors[k]);
+    }
+    if (!op.schema().returns().empty()) stack.push_back(out);
+  }
+  return true;
+}
+
+}  // namespace functorch_lite
