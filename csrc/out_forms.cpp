@@ -62,6 +62,15 @@ void write_out(const c10::OperatorHandle& op, const at::Tensor& out, const at::T
   replace_contents(*wrapper, expand_batch(converted, level.batch_size()), 0);
 }
 
+// Factories make, and sums add up in, what is given as `out` if nothing else is said.
+void set_options(const Sibling& functional, const at::Tensor& out, Stack& arguments) {
+  const auto& schema = functional.op.schema();
+  const auto dtype = schema.argumentIndexWithName("dtype");
+  const auto device = schema.argumentIndexWithName("device");
+  if (dtype.has_value() && arguments[*dtype].isNone()) arguments[*dtype] = out.scalar_type();
+  if (device.has_value() && arguments[*device].isNone()) arguments[*device] = out.device();
+}
+
 }  // namespace
 
 bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
@@ -70,8 +79,9 @@ bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
   if (functional == nullptr) return false;
   const Stack arguments = torch::jit::pop(stack, count_arguments(op));
   auto results = functional->arguments(arguments);
+  const auto first_out = arguments.size() - functional->op.schema().returns().size();
+  if (arguments[first_out].isTensor()) set_options(*functional, arguments[first_out].toTensor(), results);
   functional->op.callBoxed(&results);
-  const auto first_out = arguments.size() - results.size();
   for (size_t i = 0; i < results.size(); ++i) {
     const auto& out = arguments[first_out + i];
     if (out.isTensor()) {
