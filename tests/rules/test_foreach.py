@@ -55,10 +55,7 @@ def _function_and_examples(name):
 
     def func(*tensors: Tensor) -> list[Tensor]:
         tensors = list(tensors)
-        values = [
-            tensors[v] if isinstance(v, (slice, int)) else v
-            for v in template[:positional]
-        ]
+        values = [tensors[v] if isinstance(v, (slice, int)) else v for v in template[:positional]]
         written = schema.name.endswith("_")
         if written:
             values[0] = [x.clone() for x in values[0]]
@@ -107,8 +104,9 @@ def test_nested(name):
     inner = [0 if i % 3 else x.dim() for i, x in enumerate(example)]
     moved = [x if dim == 0 else x.movedim(1, -1) for x, dim in zip(args, inner, strict=True)]
     actual = vmap(vmap(func, tuple(inner)))(*moved)
-    for y, *examples in zip(actual, *[loop_vmap(func, (0,) * len(args), [x[i] for x in args]) for i in range(2)]):
-        torch.testing.assert_close(y, torch.stack(examples))
+    expected = [loop_vmap(func, (0,) * len(args), [x[i] for x in args]) for i in range(2)]
+    for y, first, second in zip(actual, *expected, strict=True):
+        torch.testing.assert_close(y, torch.stack([first, second]))
 
 
 def test_elements_of_different_dtypes():

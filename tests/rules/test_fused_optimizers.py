@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 
 import pytest
 import torch
 from torch import Tensor
-from torch.optim._functional import adam
+from torch.optim._functional import adagrad, adam, adamw, sgd
 
 from functorch_lite import vmap
 from tests.support.oracles import loop_vmap
 
 MODELS = 3
 SHAPES = [(2, 3), (4,), ()]
+WAYS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "one by one": {"foreach": False}}
 
 
 @pytest.fixture(autouse=True)
@@ -29,99 +31,81 @@ def _options(**choices):
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-def _models(dtype=torch.float64):
-    """Parameters and the gradients of three steps, for all models at once."""
+def _check(step, states, dtype=torch.float64, tolerance=1e-12):
+    """Compare three steps of an ensemble, taken in each of the ways, with those of every model by itself.
+
+    ``step(k, how, counts, grads, params, *states)`` takes step k; there are so many states of each parameter.
+    """
     torch.manual_seed(0)
     params = [torch.randn(MODELS, *shape, dtype=dtype) for shape in SHAPES]
-    return params, [[torch.randn_like(x) for x in params] for _ in range(3)]
-
-
-def _train_one_by_one(optimizer, options, dtype=torch.float64):
-    """What torch.optim does with each of the models: their parameters, stacked."""
-    params, gradients = _models(dtype)
-    results = []
+    gradients = [[torch.randn_like(x) for x in params] for _ in range(3)]
+    trained = [[x.clone() for x in params] for _ in WAYS]
+    for ensemble, how in zip(trained, WAYS.values(), strict=True):
+        kept = [[torch.zeros_like(x) for x in params] for _ in range(states)]
+        counts = [torch.zeros(()) for _ in params]
+        for k, grads in enumerate(gradients):
+            vmap(functools.partial(step, k, how, counts))([x.clone() for x in grads], ensemble, *kept)
     for i in range(MODELS):
-        leaves = [x[i].clone().requires_grad_() for x in params]
-        stepper = optimizer(leaves, foreach=False, fused=False, **options)
-        for step in gradients:
-            for leaf, grad in zip(leaves, step, strict=True):
-                leaf.grad = grad[i].clone()
-            stepper.step()
-        results.append([x.detach() for x in leaves])
-    return [torch.stack(column) for column in zip(*results, strict=True)]
-
-
-def _assert_same(actual, expected):
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        model = [x[i].clone() for x in params]
+        kept = [[torch.zeros_like(x) for x in model] for _ in range(states)]
+        counts = [torch.zeros(()) for _ in params]
+        for k, grads in enumerate(gradients):
+            step(k, {"foreach": False}, counts, [x[i].clone() for x in grads], model, *kept)
+        for ensemble in trained:
+            for x, y in zip(ensemble, model, strict=True):
+                torch.testing.assert_close(x[i], y, rtol=tolerance, atol=tolerance)
 
 
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6}
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("options", _options(lr=[0.1], weight_decay=[0, 0.2], amsgrad=[False, True], maximize=[False, True]))
-def test_adam(decoupled, options):
-    params, gradients = _models()
-    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+@pytest.mark.parametrize("optimizer", [adam, adamw])
+@pytest.mark.parametrize(
+    "options", _options(lr=[0.1], weight_decay=[0, 0.2], amsgrad=[False, True], maximize=[False, True])
+)
+def test_adam(optimizer, options):
+    def step(k, how, counts, grads, params, means, squares, largest):
+        largest = largest if options["amsgrad"] else []
+        optimizer(params, grads, means, squares, largest, counts, **how, **options, **ADAM)
 
-    def step(count, params, grads, means, squares, largest):
-        counts = [torch.tensor(count) for _ in params]
-        fused(params, grads, means, squares, largest if options["amsgrad"] else [], counts, **options, **ADAM)
-
-    states = [[torch.zeros_like(x) for x in params] for _ in range(3)]
-    for count, grads in enumerate(gradients):
-        vmap(step, (None, 0, 0, 0, 0, 0))(count + 1.0, params, grads, *states)
-    optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
-    _assert_same(params, _train_one_by_one(optimizer, {**options, "betas": (0.9, 0.99), "eps": 1e-6}))
+    _check(step, states=3)
 
 
 @pytest.mark.parametrize(
     "options",
-    _options(lr=[0.1], weight_decay=[0, 0.2], momentum=[0.9], nesterov=[False, True], maximize=[False, True])
-    + _options(lr=[0.1], weight_decay=[0.2], momentum=[0, 0.9], dampening=[0.3], nesterov=[False], maximize=[True]),
+    [
+        *_options(lr=[0.1], weight_decay=[0, 0.2], momentum=[0.9], nesterov=[False, True], maximize=[False, True]),
+        *_options(lr=[0.1], weight_decay=[0.2], momentum=[0, 0.9], dampening=[0.3], nesterov=[False], maximize=[True]),
+    ],
 )
 def test_sgd(options):
-    params, gradients = _models()
-    buffers = [torch.zeros_like(x) for x in params]
+    def step(k, how, counts, grads, params, velocities):
+        buffers = [None] * len(params) if k == 0 or options["momentum"] == 0 else list(velocities)
+        sgd(params, grads, buffers, **how, **{"dampening": 0.0, **options})
+        if k == 0 and options["momentum"]:
+            for velocity, buffer in zip(velocities, buffers, strict=True):
+                velocity.copy_(buffer)
 
-    def step(is_first, params, grads, buffers):
-        buffers = buffers if options["momentum"] else []
-        torch._fused_sgd_(params, grads, buffers, is_first_step=is_first, **{"dampening": 0.0, **options})
-
-    for count, grads in enumerate(gradients):
-        vmap(step, (None, 0, 0, 0))(count == 0, params, grads, buffers)
-    _assert_same(params, _train_one_by_one(torch.optim.SGD, options))
+    _check(step, states=1)
 
 
-@pytest.mark.parametrize("options", _options(lr=[0.1], lr_decay=[0.0, 0.3], weight_decay=[0.0, 0.2], maximize=[False, True]))
+@pytest.mark.parametrize(
+    "options", _options(lr=[0.1], lr_decay=[0.0, 0.3], weight_decay=[0.0, 0.2], maximize=[False, True])
+)
 def test_adagrad(options):
-    params, gradients = _models()
-    sums = [torch.zeros_like(x) for x in params]
+    def step(k, how, counts, grads, params, sums):
+        adagrad(params, grads, sums, counts, eps=1e-6, **how, **options)
 
-    def step(count, params, grads, sums):
-        torch._fused_adagrad_(params, grads, sums, [torch.tensor(count) for _ in params], eps=1e-6, **options)
-
-    for count, grads in enumerate(gradients):
-        vmap(step, (None, 0, 0, 0))(count + 1.0, params, grads, sums)
-    _assert_same(params, _train_one_by_one(torch.optim.Adagrad, {**options, "eps": 1e-6}))
+    _check(step, states=1)
 
 
 def test_single_precision_corrects_the_bias_in_double():
-    params, gradients = _models(torch.float32)
-    states = [[torch.zeros_like(x) for x in params] for _ in range(2)]
-    counts = torch.zeros(MODELS)
     options = {"beta1": 0.9, "beta2": 0.9999, "eps": 1e-8, "lr": 0.1, "weight_decay": 0.0}
 
-    def step(count, params, grads, means, squares):
-        torch._fused_adam_(params, grads, means, squares, [], [count] * 3, amsgrad=False, maximize=False, **options)
+    def step(k, how, counts, grads, params, means, squares):
+        adam(params, grads, means, squares, [], counts, amsgrad=False, maximize=False, **how, **options)
 
-    for grads in gradients:
-        counts += 1
-        vmap(step)(counts, params, grads, *states)
-    expected = _train_one_by_one(torch.optim.Adam, {"betas": (0.9, 0.9999), "lr": 0.1}, torch.float32)
-    for x, y in zip(params, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
+    _check(step, states=2, dtype=torch.float32, tolerance=2e-6)
 
 
 #: Each fused step as a function of tensors only, with a rate, a scale and a cancellation that differ between models.
@@ -171,7 +155,7 @@ def test_scaled_and_cancelled_steps_with_a_rate_for_each_model(name, places):
 
 
 def test_functional_steps_return_what_the_others_write():
-    params, (grads, *_) = _models()
+    params, grads = [[torch.randn(MODELS, *shape) for shape in SHAPES] for _ in range(2)]
     options = {"lr": 0.1, "lr_decay": 0.0, "weight_decay": 0.0, "eps": 1e-6, "maximize": False}
 
     def step(params, grads, sums, counts):
@@ -180,27 +164,10 @@ def test_functional_steps_return_what_the_others_write():
     before = [x.clone() for x in params]
     sums, counts = [torch.zeros_like(x) for x in params], [torch.ones(MODELS) for _ in params]
     stepped, _, new_sums, _ = vmap(step)(params, grads, sums, counts)
-    _assert_same(params, before)
-    _assert_same(new_sums, [x * x for x in grads])
-    _assert_same(stepped, [x - 0.1 * y / (y.abs() + 1e-6) for x, y in zip(params, grads, strict=True)])
-
-
-def test_optimizer_function_of_torch():
-    """torch.optim's own function for a fused step runs inside vmap."""
-    params, gradients = _models()
-    states = [[torch.zeros_like(x) for x in params] for _ in range(2)]
-    counts = torch.zeros(MODELS, len(SHAPES))
-
-    def step(params, grads, means, squares, counts):
-        adam(
-            params, grads, means, squares, [], list(counts.unbind()), fused=True,
-            amsgrad=False, beta1=0.9, beta2=0.99, lr=0.1, weight_decay=0.0, eps=1e-6, maximize=False,
-        )
-
-    for grads in gradients:
-        vmap(step)(params, grads, *states, counts)
-    assert torch.equal(counts, torch.full((MODELS, len(SHAPES)), 3.0))
-    _assert_same(params, _train_one_by_one(torch.optim.Adam, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6}))
+    for x, y, new_x, total, old in zip(params, grads, stepped, new_sums, before, strict=True):
+        assert torch.equal(x, old)
+        torch.testing.assert_close(total, y * y)
+        torch.testing.assert_close(new_x, x - 0.1 * y / (y.abs() + 1e-6))
 
 
 def test_unscaling_finds_the_models_with_infinite_gradients():
