@@ -11,28 +11,32 @@
 namespace functorch_lite {
 namespace {
 
-// Whether somebody else reads or writes the memory of a result: a view of an argument, or what autograd has saved.
-bool is_shared(const at::Tensor& result) {
+// Whether somebody else reads or writes the memory of a result: it is an argument or a view of one, or autograd has
+// saved it.
+bool is_shared(const at::Tensor& result, const Stack& arguments) {
   const auto& memory = innermost_value(result);
-  return !memory.has_storage() || memory.storage().use_count() > 1;
+  bool shared = !memory.has_storage() || memory.storage().use_count() > 1;
+  for_each_tensor(arguments.data(), arguments.size(),
+                  [&](const at::Tensor& argument) { shared |= innermost_value(argument).is_same(memory); });
+  return shared;
 }
 
 // As resize_ does: `out` stays the same tensor and gets other contents. Those share its version counter from now on, so
 // that a write is seen by whoever saved `out`.
-void replace_contents(Wrapper& out, at::Tensor value, int64_t bdim) {
-  if (is_shared(value)) value = at::clone(value);
-  for (const auto* part = &value;;) {
-    part->unsafeGetTensorImpl()->set_version_counter(out.version_counter());
-    const auto* wrapper = as_wrapper(*part);
-    if (wrapper == nullptr) break;
-    part = &wrapper->value();
+void replace_contents(Wrapper& out, const at::Tensor& value, int64_t bdim) {
+  if (!value.is_inference()) {
+    for (const auto* part = &value; part != nullptr;) {
+      part->unsafeGetTensorImpl()->set_version_counter(out.version_counter());
+      const auto* wrapper = as_wrapper(*part);
+      part = wrapper != nullptr ? &wrapper->value() : nullptr;
+    }
+    out.bump_version();
   }
-  out.bump_version();
-  out.replace_value(std::move(value), bdim);
+  out.replace_value(value, bdim);
 }
 
 // Gives `out` the result as its contents, in the shape of the result and the dtype of `out`.
-void write_out(const c10::OperatorHandle& op, const at::Tensor& out, const at::Tensor& result) {
+void write_out(const c10::OperatorHandle& op, const Stack& arguments, const at::Tensor& out, const at::Tensor& result) {
   TORCH_CHECK_TYPE(c10::canCast(result.scalar_type(), out.scalar_type()), "vmap: ", op.operator_name().name,
                    " has a result of dtype ", result.scalar_type(), ", and the tensor given as out is of dtype ",
                    out.scalar_type(), ", to which that cannot be cast. Pass an out tensor of the dtype of the result.");
@@ -55,11 +59,13 @@ void write_out(const c10::OperatorHandle& op, const at::Tensor& out, const at::T
     out.copy_(result);
     return;
   }
-  const auto converted = result.to(out.scalar_type());
-  const auto* batched = wrapper_at(converted, &level);
+  auto contents = result.to(out.scalar_type());
+  if (is_shared(contents, arguments)) contents = at::clone(contents);
+  if (const auto* batched = wrapper_at(contents, &level)) {
+    return replace_contents(*wrapper, batched->value(), batched->bdim());
+  }
   const RunBelow below(level);
-  if (batched != nullptr) return replace_contents(*wrapper, batched->value(), batched->bdim());
-  replace_contents(*wrapper, expand_batch(converted, level.batch_size()), 0);
+  replace_contents(*wrapper, at::clone(expand_batch(contents, level.batch_size())), 0);
 }
 
 // Factories make, and sums add up in, what is given as `out` if nothing else is said.
@@ -85,13 +91,13 @@ bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
   for (size_t i = 0; i < results.size(); ++i) {
     const auto& out = arguments[first_out + i];
     if (out.isTensor()) {
-      write_out(op, out.toTensor(), results[i].toTensor());
+      write_out(op, arguments, out.toTensor(), results[i].toTensor());
     } else {
       const auto outs = out.toTensorVector();
       const auto tensors = results[i].toTensorVector();
       TORCH_CHECK_VALUE(outs.size() == tensors.size(), "vmap: ", op.operator_name().name, " has ", tensors.size(),
                         " results, and out is a list of ", outs.size(), " tensors. Pass one for each result.");
-      for (size_t k = 0; k < outs.size(); ++k) write_out(op, outs[k], tensors[k]);
+      for (size_t k = 0; k < outs.size(); ++k) write_out(op, arguments, outs[k], tensors[k]);
     }
     if (!op.schema().returns().empty()) stack.push_back(out);
   }
