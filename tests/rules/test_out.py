@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree
 
-import functorch_lite
-from functorch_lite import grad, jvp, vmap
+from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
 from tests.support import ops
+from tests.support.ops import BATCH_SIZE
 from tests.support.oracles import loop_vmap
 
 _DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
@@ -22,8 +25,10 @@ REFUSED = {
     "masked_select": _DATA_DEPENDENT_SHAPE,
     "nonzero": _DATA_DEPENDENT_SHAPE,
 }
-#: Random results: only shapes and dtypes are compared.
-RANDOM = {"bernoulli", "multinomial", "normal", "normal.number_mean"}
+#: Random results, or uninitialised ones: only shapes and dtypes are compared.
+RANDOM = {"bernoulli", "multinomial", "normal", "normal.number_mean", "empty_like", "new_empty"}
+#: Operators that do not resize out.
+RIGHT_SHAPE_ONLY = {"normal.number_mean"}
 #: Operators that run once for each example without out, too.
 LOOPING = {"histogram", "histc", "hash_tensor"}
 #: Entries without a call that can be batched, and why.
@@ -43,84 +48,90 @@ def _tensors(result) -> list[Tensor]:
     return [y for y in _pytree.tree_leaves(result) if isinstance(y, Tensor)]
 
 
-def _call_with_out(op):
-    """A function of tensors, with as many as `outs` at the end to write into, and one example of the others."""
-    for sample in ops.samples_of(op, ops.dtypes_of(op)[0]):
-        leaves, spec = _pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
-        positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        example = [leaves[i].detach() for i in positions]
-        if not positions or any(x.layout != torch.strided for x in example):
-            continue
+@dataclass
+class Call:
+    """A call of an operator as a function of tensors: those of the sample, and those to write into."""
 
-        def call(tensors, leaves=leaves, spec=spec, positions=positions, **keywords):
-            values = list(leaves)
-            for i, x in zip(positions, tensors, strict=True):
-                values[i] = x
-            first, args, kwargs = _pytree.tree_unflatten(values, spec)
-            return op(first, *args, **kwargs, **keywords)
+    op: OpInfo
+    sample: SampleInput
 
+    def __post_init__(self):
+        self.leaves, self.spec = _pytree.tree_flatten((self.sample.input, self.sample.args, self.sample.kwargs))
+        self.positions = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        self.example = [self.leaves[i].detach() for i in self.positions]
+
+    def run(self, tensors, **keywords):
+        values = list(self.leaves)
+        for i, x in zip(self.positions, tensors, strict=True):
+            values[i] = x
+        first, args, kwargs = _pytree.tree_unflatten(values, self.spec)
+        return self.op(first, *args, **kwargs, **keywords)
+
+    def __call__(self, *tensors):
+        outs = list(tensors[len(self.example) :])
+        result = self.run(tensors[: len(self.example)], out=outs[0] if self.kind is None else self.kind(outs))
+        for x, y in zip(_tensors(result), outs, strict=False):  # some return None
+            assert x is y
+        return outs
+
+    def is_valid(self) -> bool:
+        """Whether the operator takes the sample with out, too."""
+        if not self.example or any(x.layout != torch.strided for x in self.example):
+            return False
         try:
-            plain = call(example)
-            container = type(plain) if type(plain) in (list, tuple) else tuple
-
-            def func(*tensors, call=call, n=len(example), single=isinstance(plain, Tensor), container=container):
-                outs = list(tensors[n:])
-                result = call(tensors[:n], out=outs[0] if single else container(outs))
-                assert all(x is y for x, y in zip(_tensors(result) or outs, outs, strict=True))  # some return None
-                return outs
-
-            func(*example, *(torch.empty_like(y) for y in _tensors(plain)))
-        except Exception:  # not a valid call, or no out form
-            continue
-        return func, example, _tensors(plain)
-    return None
+            result = self.run(self.example)
+            self.kind = None if isinstance(result, Tensor) else list if isinstance(result, list) else tuple
+            self.results = _tensors(result)
+            self(*self.example, *map(torch.empty_like, self.results))
+        except Exception:
+            return False
+        return True
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", WITH_OUT)
-def test_operator(name):
-    found = _call_with_out(ops.OPS[name])
-    assert (found is None) == (name in WITHOUT_CALL)
-    if found is None:
-        return
-    func, example, results = found
-    batched = [ops.batch(x, 0, mildly=True) for x in example]
-    for shape, dim in [("right", -1), ("empty", 0)]:
-        shapes = [y.shape if shape == "right" else (0,) for y in results]
-        outs = [torch.zeros(*s, ops.BATCH_SIZE, dtype=y.dtype) for s, y in zip(shapes, results, strict=True)]
-        outs = [out.movedim(-1, dim) for out in outs]
-        args, in_dims = [*batched, *outs], [0] * len(batched) + [dim] * len(outs)
-        try:
-            expected = loop_vmap(func, [d % x.dim() for d, x in zip(in_dims, args, strict=True)], args)
-        except RuntimeError:
-            assert name == "normal.number_mean"  # whose out must have the right shape
-            continue
-        torch.manual_seed(0)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                actual = vmap(func, tuple(in_dims), randomness="different")(*args)
-            except NotImplementedError as error:
-                assert str(error).startswith("vmap: "), error
-                assert name in REFUSED
-                continue
-        assert name not in REFUSED
-        loops = [w for w in caught if w.category is functorch_lite.LoopFallbackWarning]
-        assert bool(loops) == (name in LOOPING) or shape == "right"
-        for y, z in zip(actual, expected, strict=True):
-            assert (y.shape, y.dtype) == (z.shape, z.dtype)
-            if name not in RANDOM and name not in ("empty_like", "new_empty"):
-                torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6, equal_nan=True)
+def _find_call(name) -> Call | None:
+    op = ops.OPS[name]
+    samples = op.sample_inputs("cpu", ops.dtypes_of(op)[0])
+    return next(filter(Call.is_valid, (Call(op, sample) for sample in itertools.islice(samples, 24))), None)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
-pytestmark = pytest.mark.usefixtures("_no_warnings")
+@pytest.fixture
+def loops(_no_warnings):
+    """Collects the warnings that an operator runs as a loop, and drops others."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LoopFallbackWarning)
+        yield caught
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_operator(name, loops):
+    call = _find_call(name)
+    assert (call is None) == (name in WITHOUT_CALL)
+    if call is None:
+        return
+    right = [torch.zeros(*y.shape, BATCH_SIZE, dtype=y.dtype) for y in call.results]
+    empty = [y.new_empty(BATCH_SIZE, 0) for y in call.results]
+    for outs, dim in [(right, -1)] if name in RIGHT_SHAPE_ONLY else [(right, -1), (empty, 0)]:
+        args = [*(ops.batch(x, 0, mildly=True) for x in call.example), *outs]
+        in_dims = [0] * len(call.example) + [dim % x.dim() for x in outs]
+        expected = loop_vmap(call, in_dims, args)
+        mapped = vmap(call, tuple(in_dims), randomness="different")
+        if name in REFUSED:
+            with pytest.raises(NotImplementedError, match="^vmap: "):
+                mapped(*args)
+            continue
+        for y, z in zip(mapped(*args), expected, strict=True):
+            assert (y.shape, y.dtype) == (z.shape, z.dtype)
+            if name not in RANDOM:
+                torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert bool(loops) == (name in LOOPING)
 
 
 def _check(func, in_dims, *args):
