@@ -17,10 +17,8 @@ bool is_out_argument(const c10::Argument& argument) {
 
 // Foreach operators whose operator for one element has another name.
 std::string name_for_elements(std::string name) {
-  static const std::unordered_map<std::string, std::string> others{{"norm", "linalg_vector_norm"},
-                                                                   {"powsum", "linalg__powsum"},
-                                                                   {"maximum", "clamp_min"},
-                                                                   {"minimum", "clamp_max"}};
+  static const std::unordered_map<std::string, std::string> others{
+      {"norm", "linalg_vector_norm"}, {"powsum", "linalg__powsum"}, {"maximum", "clamp_min"}, {"minimum", "clamp_max"}};
   const bool in_place = name.back() == '_';
   if (in_place) name.pop_back();
   const auto other = others.find(name);
@@ -82,6 +80,8 @@ bool is_out_form(const c10::FunctionSchema& schema) {
 }
 
 const Sibling* find_sibling(const c10::OperatorHandle& op) {
+  // Operators of other libraries may go away, and these handles stay.
+  if (op.operator_name().getNamespace() != "aten") return nullptr;
   static std::mutex mutex;
   static auto* known = new std::unordered_map<c10::OperatorName, std::optional<Sibling>>();
   std::lock_guard<std::mutex> lock(mutex);

@@ -20,7 +20,7 @@ struct Sibling {
 bool is_out_form(const c10::FunctionSchema& schema);
 
 // For `sin.out` the form that returns a new tensor; for `_foreach_sin_` the operator for one element of its lists.
-// Null if there is none.
+// Null if there is none. Only for operators of aten.
 const Sibling* find_sibling(const c10::OperatorHandle& op);
 
 }  // namespace functorch_lite

@@ -45,8 +45,8 @@ bool are_aligned(c10::ArrayRef<c10::IValue> arguments, const Level& level, std::
       if (element == nullptr || element->bdim() == kNoBatchDim) return false;
       if (k == batched.size()) batched.push_back(element);
       const auto& first = *batched[k];
-      const bool agree = element->bdim() == first.bdim() && element->dim() == first.dim() &&
-                         element->dtype() == first.dtype();
+      const bool agree =
+          element->bdim() == first.bdim() && element->dim() == first.dim() && element->dtype() == first.dtype();
       if (!agree) return false;
     }
   }

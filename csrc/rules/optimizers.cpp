@@ -103,9 +103,8 @@ void sgd_step(const c10::OperatorHandle& op, Stack& stack) {
     auto direction = step.gradient_with_decay(k);
     if (momentum != 0) {
       const auto buffer = step.element("momentum_buffer_list", k);
-      const auto velocity = step.flag("is_first_step")
-                                ? direction
-                                : buffer * momentum + direction * (1 - step.number("dampening"));
+      const auto velocity =
+          step.flag("is_first_step") ? direction : buffer * momentum + direction * (1 - step.number("dampening"));
       step.write(buffer, velocity);
       direction = step.flag("nesterov") ? direction + velocity * momentum : velocity;
     }
@@ -160,16 +159,14 @@ void functional_step(const c10::OperatorHandle& op, Stack& stack) {
 }  // namespace
 
 void add_optimizer_rules(RuleTable& rules) {
-  rules.add(&adam_step,
-            {"_fused_adam_", "_fused_adam_.tensor_lr", "_fused_adamw_", "_fused_adamw_.tensor_lr"});
+  rules.add(&adam_step, {"_fused_adam_", "_fused_adam_.tensor_lr", "_fused_adamw_", "_fused_adamw_.tensor_lr"});
   rules.add(&sgd_step, {"_fused_sgd_", "_fused_sgd_.tensor_lr"});
   rules.add(&adagrad_step, {"_fused_adagrad_", "_fused_adagrad_.tensor_lr"});
   rules.add(&unscale_gradients, {"_amp_foreach_non_finite_check_and_unscale_"});
   rules.add(&update_scale, {"_amp_update_scale_"});
-  rules.add(&functional_step,
-            {"_fused_adam", "_fused_adam.tensor_lr", "_fused_adamw", "_fused_adamw.tensor_lr", "_fused_sgd",
-             "_fused_sgd.tensor_lr", "_fused_adagrad", "_fused_adagrad.tensor_lr",
-             "_amp_foreach_non_finite_check_and_unscale", "_amp_update_scale"});
+  rules.add(&functional_step, {"_fused_adam", "_fused_adam.tensor_lr", "_fused_adamw", "_fused_adamw.tensor_lr",
+                               "_fused_sgd", "_fused_sgd.tensor_lr", "_fused_adagrad", "_fused_adagrad.tensor_lr",
+                               "_amp_foreach_non_finite_check_and_unscale", "_amp_update_scale"});
 }
 
 }  // namespace functorch_lite

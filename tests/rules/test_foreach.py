@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from functorch_lite import grad, jvp, vmap
 from tests.support.oracles import loop_vmap
@@ -178,3 +179,18 @@ def test_another_number_of_scalars():
 
     with pytest.raises(ValueError, match="got 1 tensors and 2 scalars. There must be one scalar for each tensor"):
         vmap(func)(torch.rand(3, 2), torch.rand(3, 2))
+
+
+def test_lists_that_are_batched_alike_take_one_call():
+    def func(x, y):
+        return torch._foreach_maximum(torch._foreach_exp([x, y]), [y, x])
+
+    x, y = torch.rand(3, 2), torch.rand(3, 2)
+    alike, other = make_fx(vmap(func))(x, y), make_fx(vmap(func, (0, 1)))(x, y.t())
+    assert [node.target.name() for node in alike.graph.nodes if "foreach" in str(node.target)] == [
+        "aten::_foreach_exp",
+        "aten::_foreach_maximum.List",
+    ]
+    assert not any("maximum" in str(node.target) for node in other.graph.nodes)
+    for actual, expected in zip(other(x, y.t()), alike(x, y), strict=True):
+        torch.testing.assert_close(actual, expected)
