@@ -14,10 +14,15 @@ namespace {
 // Whether somebody else reads or writes the memory of a result: it is an argument or a view of one, or autograd has
 // saved it.
 bool is_shared(const at::Tensor& result, const Stack& arguments) {
-  const auto& memory = innermost_value(result);
-  bool shared = !memory.has_storage() || memory.storage().use_count() > 1;
+  bool shared = false;
+  const auto* memory = &result;
+  while (const auto* wrapper = as_wrapper(*memory)) {
+    memory = &wrapper->value();
+    shared |= memory->use_count() > 1;
+  }
+  shared |= !memory->has_storage() || memory->storage().use_count() > 1;
   for_each_tensor(arguments.data(), arguments.size(),
-                  [&](const at::Tensor& argument) { shared |= innermost_value(argument).is_same(memory); });
+                  [&](const at::Tensor& argument) { shared |= innermost_value(argument).is_same(*memory); });
   return shared;
 }
 

@@ -98,7 +98,8 @@ void add_foreach_rules(RuleTable& rules) {
     if (name.name.rfind(prefix, 0) != 0 || RuleTable::has(name)) continue;
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (!op.has_value() || is_out_form(op->schema())) continue;
-    rules.add(&foreach_pointwise, {c10::toString(name).c_str() + sizeof("aten::") - 1});
+    const auto row = c10::toString(name).substr(std::string("aten::").size());
+    rules.add(&foreach_pointwise, {row.c_str()});
   }
 }
 

@@ -297,6 +297,19 @@ def test_derivatives_outside():
     torch.testing.assert_close(jvp(vmap(func), (x,), (x,))[1], expected * x)
 
 
+def test_what_autograd_has_saved_is_not_given_away():
+    def func(x):
+        out = x.new_empty(0)
+        torch.exp(x, out=out)
+        return out.mul_(2)
+
+    x = torch.rand(3, 2)
+    torch.testing.assert_close(grad(lambda x: vmap(func)(x).sum())(x), 2 * x.exp())
+    leaf = x.clone().requires_grad_()
+    vmap(func)(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * x.exp())
+
+
 def test_derivatives_inside():
     """PyTorch refuses an out form of anything that needs a derivative, and allows it for constants."""
 
