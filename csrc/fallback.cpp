@@ -11,6 +11,7 @@
 
 #include "batch_call.h"
 #include "keys.h"
+#include "out_forms.h"
 
 namespace functorch_lite {
 namespace {
@@ -113,6 +114,7 @@ void loop(const c10::OperatorHandle& op, Stack& stack) {
 }
 
 void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  if (try_out_form(op, *stack)) return;
   constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, *stack);
   if (op.hasTag(at::Tag::dynamic_output_shape)) {

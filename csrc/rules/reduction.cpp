@@ -78,6 +78,7 @@ void add_reduction_rules(RuleTable& rules) {
                             "norm.ScalarOpt_dim",
                             "norm.ScalarOpt_dim_dtype",
                             "linalg_vector_norm",
+                            "linalg__powsum",
                             "count_nonzero.dim_IntList",
                             "argmax",
                             "argmin",
