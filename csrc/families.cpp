@@ -126,13 +126,11 @@ struct Along {
   std::vector<size_t> dims;
   bool expands = false;  // every tensor argument has the rank of the first
   void operator()(BatchCall& call) const {
-    bool lent = false;
+    const bool lent = call.rank(0) == 0;
     for (size_t i = 0; i < call.size() && expands; ++i) {
-      if (!call.is_tensor(i)) continue;
-      lent |= call.rank(i) == 0;
-      call.expand_to_front(i, 1);
+      if (call.is_tensor(i)) call.expand_to_front(i, 1);
     }
-    lent |= lend_dimension(call);
+    call.to_front(0, 1);
     for (auto position : dims) shift_dims(call.arg(position), call.rank(0));
     call.call();
     if (lent) take_dimension_back(call);

@@ -83,7 +83,8 @@ void add_reduction_rules(RuleTable& rules) {
                             "argmin",
                             "prod.dim_int",
                             "logsumexp",
-                            "aminmax"});
+                            "aminmax",
+                            "hash_tensor"});
   rules.add(&segment_reduce_rule, {"segment_reduce", "_segment_reduce_backward"});
   rules.add(&searchsorted_rule, {"searchsorted.Tensor"});
   rules.add(&bucketize_rule, {"bucketize.Tensor"});

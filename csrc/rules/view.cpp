@@ -6,9 +6,11 @@
 #include <ATen/ops/roll.h>
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor_split.h>
 #include <ATen/ops/transpose.h>
 
 #include "../fallback.h"
+#include "data_dependent.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -164,16 +166,24 @@ void unfold_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B?,*], indices[B,k] or sections[B]: pieces have one shape only if all examples are split at the same places.
 void tensor_split_rule(BatchCall& call) {
-  if (call.is_batched(1)) {
-    refuse_operator(call.op(),
-                    "Each example would be split elsewhere, into pieces of other shapes. Give the indices as "
-                    "a list of ints.");
+  const auto sections = call.to_front(1);
+  const bool by_indices = call.rank(1) == 1;
+  const auto x = call.to_front(0);
+  const auto dim = call.is_batched(0) ? shift_dim(call.arg("dim").toInt(), call.rank(0)) : call.arg("dim").toInt();
+  std::vector<at::Tensor> pieces;
+  if (!call.is_batched(1)) {
+    pieces = at::tensor_split(x, sections, dim);
+  } else if (by_indices) {
+    std::vector<int64_t> indices;
+    for (const auto& column : sections.unbind(1)) indices.push_back(common_size(call, column));
+    pieces = at::tensor_split(x, indices, dim);
+  } else {
+    pieces = at::tensor_split(x, common_size(call, sections), dim);
   }
-  call.to_front(0);
-  call.arg("dim") = shift_dim(call.arg("dim").toInt(), call.rank(0));
-  call.call();
-  call.finish();
+  call.set_results(pieces);
+  call.finish(call.is_batched(0) ? 0 : kNoBatchDim);
 }
 
 void chunk_cat_rule(BatchCall& call) {
@@ -216,6 +226,30 @@ void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
   stack.back() = self;
 }
 
+// x.resize_(sizes): the example's elements in order, then uninitialised ones if there are to be more.
+void resize(const c10::OperatorHandle& op, Stack& stack) {
+  const auto arguments = torch::jit::pop(stack, count_arguments(op));
+  const auto self = arguments[0].toTensor();
+  const auto sizes = arguments[1].isTensor() ? arguments[1].toTensor().sym_sizes().vec()  //
+                                             : arguments[1].toSymIntVector();
+  auto& level = current_vmap_level();
+  auto* wrapper = wrapper_at(self, &level);
+  if (wrapper == nullptr) {  // the sizes are those of a batched tensor
+    self.resize__symint(sizes);
+  } else {
+    c10::SymInt wanted = 1;
+    for (const auto& size : sizes) wanted = wanted * size;
+    const auto n = self.sym_numel();
+    const auto flat = self.reshape_symint({n});
+    const auto elements =
+        wanted <= n ? flat.narrow_symint(0, 0, wanted) : at::cat({flat, flat.new_empty_symint({wanted - n})});
+    const auto result = elements.reshape_symint(sizes);
+    const auto* resized = wrapper_at(result, &level);
+    wrapper->replace_value(resized->value(), resized->bdim());
+  }
+  stack.emplace_back(self);
+}
+
 }  // namespace
 
 void add_view_rules(RuleTable& rules) {
@@ -228,6 +262,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&as_strided_rule, {"as_strided", "as_strided_copy"});
   rules.add(&in_place_view,
             {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"});
+  rules.add(&resize, {"resize_", "resize_as_"});
   rules.add(&cat_rule, {"cat"});
   rules.add(&stack_rule, {"stack"});
   rules.add(front(), {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_",
