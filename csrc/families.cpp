@@ -12,10 +12,7 @@
 #include "fallback.h"
 
 namespace functorch_lite {
-namespace {
 
-// Type promotion ranks scalars below tensors with dimensions. A batched scalar has a dimension when the operator
-// runs, so where that would change the common dtype, the arguments are converted to the one user code expects.
 void promote_as_seen(BatchCall& call) {
   at::native::ResultTypeState seen;
   at::native::ResultTypeState physical;
@@ -50,6 +47,8 @@ void promote_as_seen(BatchCall& call) {
     if (call.is_batched(i)) call.arg(i) = call.tensor(i).to(dtype);
   }
 }
+
+namespace {
 
 void run_pointwise(BatchCall& call) {
   int64_t rank = 0;

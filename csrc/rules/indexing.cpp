@@ -198,6 +198,16 @@ void index_put_rule(BatchCall& call) {
   call.finish();
 }
 
+// Without a dimension, in the flattened example: it may be contiguous where the batch is not, so that no view exists.
+void take_along_dim(const c10::OperatorHandle& op, Stack& stack) {
+  const auto begin = stack.size() - count_arguments(op);
+  if (!stack[begin + 2].isNone()) {
+    return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
+  }
+  const auto arguments = torch::jit::pop(stack, 3);
+  torch::jit::push(stack, at::gather(arguments[0].toTensor().reshape(-1), 0, arguments[1].toTensor().reshape(-1)));
+}
+
 // x[B?,*,n,*], dim, index[B?,*,k,*] -> y[B,*,k,*]. A scalar counts as one element.
 void gather_rule(BatchCall& call) {
   const bool scalar = call.rank(2) == 0;
@@ -331,6 +341,9 @@ void put_rule(BatchCall& call) {
 
 // x[B?,*], mask[B?,*], source[B?,*] -> y[B,*]: the elements under the mask are those of the source, in order.
 void masked_scatter_rule(BatchCall& call) {
+  TORCH_CHECK(call.tensor(0).scalar_type() == call.tensor(2).scalar_type(),
+              "masked_scatter(): expected a source of dtype ", call.tensor(0).scalar_type(), ", got ",
+              call.tensor(2).scalar_type());
   const bool in_place = call.schema().is_mutable();
   const auto rank = in_place ? call.rank(0) : std::max(call.rank(0), call.rank(1));
   auto x = in_place ? call.to_front(0) : call.expand_to_front(0, rank);
@@ -392,6 +405,7 @@ void add_indexing_rules(RuleTable& rules) {
              "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
              "scatter_reduce.two", "scatter_reduce_.two"});
   rules.add(&gather_rule, {"gather"});
+  rules.add(&take_along_dim, {"take_along_dim"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});
   rules.add(&index_copy_rule, {"index_copy", "index_copy_"});
