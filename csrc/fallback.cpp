@@ -2,6 +2,7 @@
 #include "fallback.h"
 
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/select.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
@@ -155,6 +156,21 @@ void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {
   const auto where = python_hooks().user_location();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "vmap: ", op.operator_name(), " cannot run on batched values",
                               where.empty() ? "" : " (at " + where + ")", ". ", advice);
+}
+
+int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes) {
+  const auto& values = innermost_value(sizes);
+  if (values.numel() == 0) return 0;
+  const auto [low, high] = at::aminmax(values);
+  const auto smallest = low.item<int64_t>();
+  const auto largest = high.item<int64_t>();
+  if (smallest != largest) {
+    refuse_operator(op, c10::str("The size of its result depends on the data: it is ", smallest,
+                                        " in one example and ", largest,
+                                        " in another, and all must have one shape. Use an operation of fixed shape, "
+                                        "for example torch.where, or call it outside vmap."));
+  }
+  return smallest;
 }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {

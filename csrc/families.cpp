@@ -314,11 +314,19 @@ at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& bat
 
 bool finish_without_examples(BatchCall& call) {
   if (call.batch_size() != 0) return false;
+  const auto example = [](const at::Tensor& x, int64_t bdim) {
+    auto sizes = x.sym_sizes().vec();
+    sizes.erase(sizes.begin() + bdim);
+    return at::zeros_symint(sizes, x.options());
+  };
   for (size_t i = 0; i < call.size(); ++i) {
-    if (!call.is_batched(i)) continue;
-    auto sizes = call.tensor(i).sym_sizes().vec();
-    sizes.erase(sizes.begin() + call.bdim(i));
-    call.arg(i) = at::zeros_symint(sizes, call.tensor(i).options());
+    if (call.is_batched(i)) {
+      call.arg(i) = example(call.tensor(i), call.bdim(i));
+    } else if (call.is_list_batched(i)) {
+      size_t k = 0;
+      replace_tensors(&call.arg(i), 1,
+                      [&](const at::Tensor& x) { return call.is_element_batched(i, k++) ? example(x, 0) : x; });
+    }
   }
   call.call();
   for (size_t i = 0; i < call.count_results(); ++i) {

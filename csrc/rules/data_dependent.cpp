@@ -29,21 +29,6 @@ bool has_values(const at::Tensor& x) {
   return !value.is_meta() && !value.key_set().has(c10::DispatchKey::Python);
 }
 
-int64_t common_size(BatchCall& call, const at::Tensor& sizes) {
-  const auto& values = innermost_value(sizes);
-  if (values.numel() == 0) return 0;
-  const auto [low, high] = at::aminmax(values);
-  const auto smallest = low.item<int64_t>();
-  const auto largest = high.item<int64_t>();
-  if (smallest != largest) {
-    refuse_operator(call.op(), c10::str("The size of its result depends on the data: it is ", smallest,
-                                        " in one example and ", largest,
-                                        " in another, and all must have one shape. Use an operation of fixed shape, "
-                                        "for example torch.where, or call it outside vmap."));
-  }
-  return smallest;
-}
-
 namespace {
 
 // mask[B,n] -> positions[B,size] of the first true elements, in order; 0 where there are fewer.
@@ -69,7 +54,7 @@ at::Tensor unravel(at::Tensor positions, c10::SymIntArrayRef sizes) {
 }
 
 at::Tensor positions_in_flat(BatchCall& call, const at::Tensor& flat_mask) {
-  return first_true(flat_mask, common_size(call, at::sum(flat_mask, 1)));
+  return first_true(flat_mask, common_size(call.op(), at::sum(flat_mask, 1)));
 }
 
 }  // namespace
@@ -127,7 +112,7 @@ void bincount_rule(BatchCall& call) {
     return call.finish();
   }
   TORCH_CHECK(innermost_value(x).ge(0).all().item<bool>(), "bincount(): expected no negative values");
-  const auto size = c10::SymInt(common_size(call, (at::amax(x, 1) + 1).clamp_min(minlength))).max(minlength);
+  const auto size = c10::SymInt(common_size(call.op(), (at::amax(x, 1) + 1).clamp_min(minlength))).max(minlength);
   auto weights = weighted ? call.expand_to_front(1) : at::ones_like(x);
   TORCH_CHECK(weights.sym_size(1) == x.sym_size(1), "bincount(): expected ", x.sym_size(1), " weights, got ",
               weights.sym_size(1));
@@ -142,7 +127,7 @@ void repeat_interleave_rule(BatchCall& call) {
   TORCH_CHECK(call.rank(0) == 1, "repeat_interleave(): expected a vector of repeats");
   const auto repeats = call.to_front(0).contiguous();
   TORCH_CHECK(innermost_value(repeats).ge(0).all().item<bool>(), "repeat_interleave(): expected no negative repeats");
-  c10::SymInt size = common_size(call, at::sum(repeats, 1));
+  c10::SymInt size = common_size(call.op(), at::sum(repeats, 1));
   if (!call.arg("output_size").isNone()) {
     TORCH_CHECK(call.batch_size() == 0 || call.arg("output_size").toSymInt() == size,
                 "repeat_interleave(): expected output_size=", size, ", the sum of the repeats");

@@ -7,8 +7,6 @@ namespace functorch_lite {
 
 // Whether the values of the tensor can be looked at: not while tracing, nor on meta tensors.
 bool has_values(const at::Tensor& x);
-// The one value of sizes[B]. Raises if examples differ in it, of this level or of one further out; 0 if there are none.
-int64_t common_size(BatchCall& call, const at::Tensor& sizes);
 // mask[B,*] of rank r -> positions[B,k,r] of its k true elements, in order.
 at::Tensor positions_of_true(BatchCall& call, const at::Tensor& mask);
 

@@ -198,16 +198,6 @@ void index_put_rule(BatchCall& call) {
   call.finish();
 }
 
-// Without a dimension, in the flattened example: it may be contiguous where the batch is not, so that no view exists.
-void take_along_dim(const c10::OperatorHandle& op, Stack& stack) {
-  const auto begin = stack.size() - count_arguments(op);
-  if (!stack[begin + 2].isNone()) {
-    return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
-  }
-  const auto arguments = torch::jit::pop(stack, 3);
-  torch::jit::push(stack, at::gather(arguments[0].toTensor().reshape(-1), 0, arguments[1].toTensor().reshape(-1)));
-}
-
 // x[B?,*,n,*], dim, index[B?,*,k,*] -> y[B,*,k,*]. A scalar counts as one element.
 void gather_rule(BatchCall& call) {
   const bool scalar = call.rank(2) == 0;
@@ -300,17 +290,12 @@ void index_copy_rule(BatchCall& call) {
   write.finish(at::scatter(write.x, write.dim, write.index(source.sym_sizes()), source));
 }
 
-// x[B?,*], dim, index[B?,k], value[B?] -> y[B,*]
+// x[B?,*], dim, index[B?,k], value -> y[B,*]
 void index_fill_rule(BatchCall& call) {
   const WriteAlong write(call);
   auto sizes = write.x.sym_sizes().vec();
   sizes[write.dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
-  const auto index = write.index(sizes);
-  if (call.arg(3).isTensor()) {
-    write.finish(at::scatter(write.x, write.dim, index, write.source().to(write.x.scalar_type()).expand_symint(sizes)));
-  } else {
-    write.finish(at::scatter(write.x, write.dim, index, call.arg(3).toScalar()));
-  }
+  write.finish(at::scatter(write.x, write.dim, write.index(sizes), call.arg(3).toScalar()));
 }
 
 // index[B,*] -> positions[B,k] in x[B,n], negative ones counted from the end.
@@ -361,24 +346,18 @@ void masked_scatter_rule(BatchCall& call) {
   finish_write(call, x, y);
 }
 
-// x[B?,*,n,*], start[B], length -> y[B,*,length,*]
-void narrow_rule(BatchCall& call) {
-  const auto dim = shift_dim(call.arg("dim").toInt(), call.rank(0));
-  if (!call.is_batched(2)) {
-    call.to_front(0);
-    call.arg("dim") = dim;
-    call.call();
-    return call.finish();
-  }
-  const auto& x = call.expand_to_front(0);
-  auto start = call.to_front(2);
-  start = at::where(start < 0, start + x.size(dim), start);
-  auto sizes = x.sym_sizes().vec();
-  sizes[dim] = call.arg("length").toSymInt();
-  auto index = start.unsqueeze(1) + at::arange(sizes[dim], start.options());
-  for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
-  while (index.dim() < x.dim()) index = index.unsqueeze(-1);
-  call.set_results(at::gather(x, dim, index.expand_symint(sizes)));
+// grad[B?,*], mask[B?,*] -> source[B,n]: what the elements under the mask come from, in order; 0 where none does.
+void masked_scatter_backward_rule(BatchCall& call) {
+  const auto rank = std::max(call.rank(0), call.rank(1));
+  const auto grad = flatten_examples(call.expand_to_front(0, rank));
+  const auto mask = flatten_examples(call.expand_to_front(1, rank).expand_symint(call.tensor(0).sym_sizes()));
+  auto sizes = call.arg("sizes").toSymIntVector();
+  c10::SymInt n = 1;
+  for (const auto& size : sizes) n = n * size;
+  const auto slot = at::where(mask, at::cumsum(mask, 1) - 1, at::Scalar(n));
+  const auto slots = grad.new_zeros_symint({call.batch_size(), n + 1});  // the last for what is not under the mask
+  sizes.insert(sizes.begin(), call.batch_size());
+  call.set_results(at::scatter(slots, 1, slot, grad).narrow_symint(1, 0, n).reshape_symint(sizes));
   call.finish();
 }
 
@@ -405,17 +384,15 @@ void add_indexing_rules(RuleTable& rules) {
              "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
              "scatter_reduce.two", "scatter_reduce_.two"});
   rules.add(&gather_rule, {"gather"});
-  rules.add(&take_along_dim, {"take_along_dim"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});
   rules.add(&index_copy_rule, {"index_copy", "index_copy_"});
-  rules.add(&index_fill_rule,
-            {"index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor", "index_fill_.int_Tensor"});
+  rules.add(&index_fill_rule, {"index_fill.int_Scalar", "index_fill_.int_Scalar"});
   rules.add(&index_reduce_rule, {"index_reduce", "index_reduce_"});
   rules.add(&take_rule, {"take"});
   rules.add(&put_rule, {"put", "put_"});
   rules.add(&masked_scatter_rule, {"masked_scatter", "masked_scatter_"});
-  rules.add(&narrow_rule, {"narrow.Tensor"});
+  rules.add(&masked_scatter_backward_rule, {"masked_scatter_backward"});
   const auto scatter_view = [](std::vector<std::string> names) {
     return Family{"scatter_view", [names](const c10::FunctionSchema& schema) -> Rule {
                     std::vector<size_t> dims;

@@ -13,10 +13,14 @@
 namespace functorch_lite {
 namespace {
 
-// Unlike the other reductions, it takes an empty list of dimensions at its word.
-void count_nonzero_rule(BatchCall& call) {
-  if (!call.arg("dim").toIntVector().empty()) return reduce("dim").rule_for(call.schema())(call);
-  call.set_results((call.to_front(0) != 0).to(c10::kLong));
+// Unlike other reductions, these take an empty list of dimensions at its word: it reduces nothing.
+void all_or_any_rule(BatchCall& call) {
+  auto& dims = call.arg("dim");
+  if (dims.isNone() || !dims.toIntVector().empty()) return reduce("dim").rule_for(call.schema())(call);
+  call.arg(0) = call.to_front(0).unsqueeze(1);
+  dims = std::vector<int64_t>{1};
+  call.arg("keepdim") = false;
+  call.call();
   call.finish();
 }
 
@@ -128,9 +132,7 @@ void add_reduction_rules(RuleTable& rules) {
                             "std_mean.correction",
                             "var_mean.correction",
                             "all.dim",
-                            "all.dims",
                             "any.dim",
-                            "any.dims",
                             "norm.ScalarOpt_dim",
                             "norm.ScalarOpt_dim_dtype",
                             "linalg_vector_norm",
@@ -139,8 +141,10 @@ void add_reduction_rules(RuleTable& rules) {
                             "prod.dim_int",
                             "logsumexp",
                             "aminmax",
-                            "hash_tensor"});
-  rules.add(&count_nonzero_rule, {"count_nonzero.dim_IntList"});
+                            "hash_tensor",
+                            "count_nonzero",
+                            "count_nonzero.dim_IntList"});
+  rules.add(&all_or_any_rule, {"all.dims", "any.dims"});
   rules.add(&segment_reduce_rule, {"segment_reduce", "_segment_reduce_backward"});
   rules.add(&searchsorted_rule, {"searchsorted.Tensor"});
   rules.add(&searchsorted_scalar, {"searchsorted.Scalar"});
@@ -157,7 +161,6 @@ void add_reduction_rules(RuleTable& rules) {
   rules.add(reduce_all("any.dim"), {"any"});
   rules.add(reduce_all("median.dim"), {"median"});
   rules.add(reduce_all("nanmedian.dim"), {"nanmedian"});
-  rules.add(reduce_all("count_nonzero.dim_IntList"), {"count_nonzero"});
   rules.add(reduce_all("norm.ScalarOpt_dim"), {"norm.Scalar"});
   rules.add(along({"dim"}), {"max.dim",         "min.dim",      "median.dim",  "nanmedian.dim",  "mode",
                              "kthvalue",        "sort",         "sort.stable", "argsort.stable", "topk",

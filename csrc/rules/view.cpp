@@ -6,11 +6,10 @@
 #include <ATen/ops/roll.h>
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/tensor_split.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/transpose.h>
 
 #include "../fallback.h"
-#include "data_dependent.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -166,27 +165,17 @@ void unfold_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*], indices[B,k] or sections[B]: pieces have one shape only if all examples are split at the same places.
-void tensor_split_rule(BatchCall& call) {
-  const auto sections = call.to_front(1);
-  const bool by_indices = call.rank(1) == 1;
-  const auto x = call.to_front(0);
-  const auto dim = call.is_batched(0) ? shift_dim(call.arg("dim").toInt(), call.rank(0)) : call.arg("dim").toInt();
-  std::vector<at::Tensor> pieces;
-  if (!call.is_batched(1)) {
-    pieces = at::tensor_split(x, sections, dim);
-  } else if (by_indices) {
-    std::vector<int64_t> indices;
-    for (const auto& column : sections.unbind(1)) indices.push_back(common_size(call, column));
-    pieces = at::tensor_split(x, indices, dim);
-  } else {
-    pieces = at::tensor_split(x, common_size(call, sections), dim);
+// The gradient grad[B,*,m,*,size] of such windows -> x[B,*,n,*]; of a scalar, grad[B,size] with at most one window.
+void unfold_backward_rule(BatchCall& call) {
+  if (!call.arg("input_sizes").toSymIntVector().empty()) {
+    return shaped("input_sizes", {"dim"}).rule_for(call.schema())(call);
   }
-  call.set_results(pieces);
-  call.finish(call.is_batched(0) ? 0 : kNoBatchDim);
+  call.set_results(at::sum(call.to_front(0), {1}));
+  call.finish();
 }
 
 void chunk_cat_rule(BatchCall& call) {
+  if (finish_without_examples(call)) return;
   const auto tensors = call.expanded_list(0);
   call.arg("dim") = shift_dim(call.arg("dim").toInt(), tensors[0].dim() - 1);
   call.arg(0) = tensors;
@@ -274,7 +263,6 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&unfold_rule, {"unfold", "unfold_copy"});
   rules.add(&as_strided_scatter_rule, {"as_strided_scatter"});
   rules.add(&chunk_cat_rule, {"_chunk_cat"});
-  rules.add(&tensor_split_rule, {"tensor_split.tensor_indices_or_sections"});
   rules.add(forbid("A sparse tensor cannot be a batch of dense ones. Convert outside vmap, for example its result."),
             {"_to_sparse", "_to_sparse.sparse_dim", "_to_sparse_csr", "_to_sparse_csc", "_to_sparse_bsr",
              "_to_sparse_bsc", "to_mkldnn"});
@@ -286,7 +274,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&repeat_rule, {"repeat"});
   rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
   rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
-  rules.add(shaped("input_sizes", {"dim"}), {"unfold_backward"});
+  rules.add(&unfold_backward_rule, {"unfold_backward"});
 }
 
 }  // namespace functorch_lite
