@@ -2,6 +2,7 @@
 #include <ATen/ops/alias.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/reshape.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/squeeze.h>
@@ -131,16 +132,27 @@ void as_strided_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read.
+// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid out
+// as before.
 void as_strided_scatter_rule(BatchCall& call) {
-  const auto y = call.expand_to_front(0).clone();
+  const auto x = call.expand_to_front(0);
+  const auto& src = call.expand_to_front(1);
   auto sizes = call.arg("size").toSymIntVector();
   auto strides = call.arg("stride").toSymIntVector();
-  const auto& src = call.expand_to_front(1);
-  sizes.insert(sizes.begin(), call.batch_size());
-  strides.insert(strides.begin(), y.sym_stride(0));
-  const auto& offset = call.arg("storage_offset");
-  at::as_strided_symint(y, sizes, strides, offset.isNone() ? y.sym_storage_offset() : offset.toSymInt()).copy_(src);
+  const auto& given = call.arg("storage_offset");
+  const auto window = given.isNone() ? x.sym_storage_offset() : given.toSymInt();
+  const auto start = x.sym_storage_offset().min(window);
+  const auto seen = x.sym_storage_offset() - start + span(x.sym_sizes().slice(1), x.sym_strides().slice(1));
+  const auto extent = seen.max(window - start + span(sizes, strides)).max(1);
+  const auto memory = x.new_zeros_symint({call.batch_size() * extent});
+  const auto view = [&](std::vector<c10::SymInt> s, std::vector<c10::SymInt> steps, const c10::SymInt& offset) {
+    s.insert(s.begin(), call.batch_size());
+    steps.insert(steps.begin(), extent);
+    return at::as_strided_symint(memory, s, steps, offset - start);
+  };
+  const auto y = view(x.sym_sizes().slice(1).vec(), x.sym_strides().slice(1).vec(), x.sym_storage_offset());
+  y.copy_(x);
+  view(sizes, strides, window).copy_(src);
   call.set_results(y);
   call.finish();
 }
