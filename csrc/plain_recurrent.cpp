@@ -1,0 +1,164 @@
+// Recurrent networks and their cells as compositions of plain operators. See plain_compositions.h first.
+//
+// All time steps of a layer meet their input weights in one product; the loop over steps has what depends on the state.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+
+#include "plain_compositions.h"
+#include "wrapper.h"
+
+namespace functorch_lite {
+namespace {
+
+using at::Tensor;
+
+enum class Network { kTanh, kRelu, kGru, kLstm };
+
+// hidden[N,P], and of an LSTM cell[N,H]. P is H unless the LSTM projects.
+using State = std::vector<Tensor>;
+
+State state_of(const c10::IValue& value) {
+  return value.isTensorList() ? value.toTensorVector() : State{value.toTensor()};
+}
+
+// The weights of one direction of one layer, or of a cell.
+struct RecurrentWeights {
+  Tensor w_ih, w_hh;
+  std::optional<Tensor> b_ih, b_hh, w_hr;
+};
+
+// from_input[N,gates*H], state -> the next state
+template <Network kind>
+State step(const Tensor& from_input, const State& state, const RecurrentWeights& w) {
+  const auto& hidden = state[0];
+  const auto from_hidden = at::linear(hidden, w.w_hh, w.b_hh);
+  if constexpr (kind == Network::kTanh) {
+    return {(from_input + from_hidden).tanh()};
+  } else if constexpr (kind == Network::kRelu) {
+    return {(from_input + from_hidden).relu()};
+  } else if constexpr (kind == Network::kGru) {
+    const auto x = from_input.chunk(3, -1);
+    const auto h = from_hidden.chunk(3, -1);
+    const auto reset = (x[0] + h[0]).sigmoid();
+    const auto update = (x[1] + h[1]).sigmoid();
+    const auto candidate = (x[2] + reset * h[2]).tanh();
+    return {candidate + update * (hidden - candidate)};
+  } else {
+    const auto gates = (from_input + from_hidden).chunk(4, -1);
+    const auto cell = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh();
+    const auto next = gates[3].sigmoid() * cell.tanh();
+    return {w.w_hr.has_value() ? at::linear(next, *w.w_hr) : next, cell};
+  }
+}
+
+template <Network kind>
+void cell(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  const RecurrentWeights w{
+      args.tensor("w_ih"), args.tensor("w_hh"), args.optional_tensor("b_ih"), args.optional_tensor("b_hh"), {}};
+  const auto next = step<kind>(at::linear(args.tensor("input"), w.w_ih, w.b_ih), state_of(args["hx"]), w);
+  torch::jit::drop(stack, count_arguments(op));
+  for (const auto& part : next) torch::jit::push(stack, part);
+}
+
+// How many sequences have each time step, the longest sequences first.
+using Rows = std::vector<c10::SymInt>;
+
+Rows rows_of_steps(const c10::OperatorHandle& op, const Tensor& batch_sizes) {
+  const auto* tensor = &batch_sizes;
+  while (const auto* wrapper = as_wrapper(*tensor)) {
+    TORCH_CHECK_VALUE(wrapper->bdim() == kNoBatchDim, "vmap: ", op.operator_name().name,
+                      " got packed sequences whose batch_sizes are batched, but their lengths must be the same for all "
+                      "examples. Pack with lengths that are not batched, or leave the sequences padded.");
+    tensor = &wrapper->value();
+  }
+  const Outside outside;
+  Rows rows;
+  for (int64_t t = 0; t < tensor->size(0); ++t) rows.emplace_back((*tensor)[t].item<int64_t>());
+  return rows;
+}
+
+// Through one layer in one direction. The state of sequences that have ended, or not begun, stays as it is.
+template <Network kind>
+std::pair<Tensor, State> run_layer(const Tensor& x, const Rows& rows, State state, const RecurrentWeights& w,
+                                   bool reverse) {
+  const auto from_input = at::linear(x, w.w_ih, w.b_ih).split_with_sizes_symint(rows, 0);
+  std::vector<Tensor> outputs(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto t = reverse ? rows.size() - 1 - i : i;
+    State others;
+    if (rows[t] != rows[0]) {
+      for (auto& part : state) {
+        others.push_back(part.narrow_symint(0, rows[t], rows[0] - rows[t]));
+        part = part.narrow_symint(0, 0, rows[t]);
+      }
+    }
+    state = step<kind>(from_input[t], state, w);
+    outputs[t] = state[0];
+    for (size_t k = 0; k < others.size(); ++k) state[k] = at::cat({state[k], others[k]}, 0);
+  }
+  return {at::cat(outputs, 0), state};
+}
+
+// input[T,N,I], or [N,T,I] with the batch first, or packed data[S,I], through all layers.
+template <Network kind>
+void network(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  const bool packed = args.has("batch_sizes");
+  const bool batch_first = !packed && args.flag("batch_first");
+  auto x = args.tensor(packed ? "data" : "input");
+  if (batch_first) x = x.transpose(0, 1);
+  const auto rows = packed ? rows_of_steps(op, args.tensor("batch_sizes")) : Rows(x.size(0), x.sym_size(1));
+  TORCH_CHECK_VALUE(!rows.empty(), op.operator_name().name, ": expected at least one time step, got none.");
+  if (!packed) x = x.flatten(0, 1);
+
+  const auto layers = args["num_layers"].toInt();
+  const int64_t directions = args.flag("bidirectional") ? 2 : 1;
+  const auto dropout = args["dropout"].toDouble();
+  const bool train = args.flag("train");
+  const bool has_biases = args.flag("has_biases");
+  const auto params = args["params"].toTensorVector();
+  const auto initial = state_of(args["hx"]);
+  const auto n = params.size() / (layers * directions);  // w_ih, w_hh, then b_ih and b_hh, then w_hr
+  std::vector<std::vector<Tensor>> last(initial.size());
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    std::vector<Tensor> outputs;
+    for (int64_t k = layer * directions; k < (layer + 1) * directions; ++k) {
+      const auto* given = &params[k * n];
+      RecurrentWeights w{given[0], given[1], {}, {}, {}};
+      if (has_biases) w.b_ih = given[2], w.b_hh = given[3];
+      if (n % 2 == 1) w.w_hr = given[n - 1];
+      State state;
+      for (const auto& part : initial) state.push_back(part.select(0, k));
+      auto [y, final_state] = run_layer<kind>(x, rows, state, w, /*reverse=*/k % directions == 1);
+      outputs.push_back(std::move(y));
+      for (size_t i = 0; i < last.size(); ++i) last[i].push_back(final_state[i]);
+    }
+    x = directions == 1 ? outputs[0] : at::cat(outputs, -1);
+    if (dropout > 0 && layer + 1 < layers) x = at::dropout(x, dropout, train);
+  }
+  if (!packed) x = x.unflatten_symint(0, {c10::SymInt(static_cast<int64_t>(rows.size())), rows[0]});
+  if (batch_first) x = x.transpose(0, 1);
+  torch::jit::drop(stack, count_arguments(op));
+  torch::jit::push(stack, x);
+  for (const auto& parts : last) torch::jit::push(stack, at::stack(parts));
+}
+
+}  // namespace
+
+const std::vector<PlainRow>& recurrent_compositions() {
+  static const std::vector<PlainRow> rows{
+      {"lstm_cell", cell<Network::kLstm>},         {"gru_cell", cell<Network::kGru>},
+      {"rnn_tanh_cell", cell<Network::kTanh>},     {"rnn_relu_cell", cell<Network::kRelu>},
+      {"lstm.input", network<Network::kLstm>},     {"lstm.data", network<Network::kLstm>},
+      {"gru.input", network<Network::kGru>},       {"gru.data", network<Network::kGru>},
+      {"rnn_tanh.input", network<Network::kTanh>}, {"rnn_tanh.data", network<Network::kTanh>},
+      {"rnn_relu.input", network<Network::kRelu>}, {"rnn_relu.data", network<Network::kRelu>},
+  };
+  return rows;
+}
+
+}  // namespace functorch_lite
