@@ -35,6 +35,9 @@ Family forbid(const char* advice);
 
 // Helpers for single rules.
 
+// Whether any tensor of values[0..n) is batched at the current level: for compositions, which see wrappers.
+bool any_batched(const c10::IValue* values, size_t n);
+
 // dim as user code counts it, in a tensor of logical rank `rank` -> in x[B,*].
 int64_t shift_dim(int64_t dim, int64_t rank);
 // x[..,a,b,..] -> x[..,a*b,..], merging dimension `dim` with the one behind it.

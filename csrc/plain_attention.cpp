@@ -139,6 +139,7 @@ void transformer_encoder_layer(const c10::OperatorHandle& op, Stack& stack) {
     return at::linear(active, args.tensor("ffn_weight_2"), args.tensor("ffn_bias_2"));
   };
   auto x = args.tensor("src");
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.is_nested(), "vmap: ", op.operator_name(), " got a nested tensor. ", kNoNestedTensors);
   if (args.flag("norm_first")) {
     x = x + attend(first_norm(x));
     x = x + feed_forward(second_norm(x));

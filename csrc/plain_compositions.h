@@ -22,6 +22,10 @@ const std::vector<PlainRow>& recurrent_compositions();
 // The composition of an operator, or null.
 PlainComposition find_plain_composition(const c10::OperatorName& name);
 
+// nn.TransformerEncoder makes one of its padded input, as a faster path.
+constexpr auto kNoNestedTensors =
+    "A nested tensor cannot be a batch of examples. Make the nn.TransformerEncoder with enable_nested_tensor=False.";
+
 // _fused_sdp_choice: always the plain form.
 void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack);
 

@@ -2,8 +2,12 @@
 //
 // All time steps of a layer meet their input weights in one product; the loop over steps has what depends on the state.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_pack_padded_sequence.h>
+#include <ATen/ops/_pad_packed_sequence.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
 
@@ -64,20 +68,64 @@ void cell(const c10::OperatorHandle& op, Stack& stack) {
   for (const auto& part : next) torch::jit::push(stack, part);
 }
 
+// A tensor of sizes below all wrappers: lengths decide about shapes, so they are the same for all examples.
+const Tensor& shared_sizes(const c10::OperatorHandle& op, const Tensor& sizes, const char* name) {
+  const auto* tensor = &sizes;
+  while (const auto* wrapper = as_wrapper(*tensor)) {
+    TORCH_CHECK_VALUE(wrapper->bdim() == kNoBatchDim, "vmap: ", op.operator_name().name, " got ", name,
+                      " that are batched, but the lengths of packed sequences must be the same for all examples. Give "
+                      "lengths that are not batched, or leave the sequences padded.");
+    tensor = &wrapper->value();
+  }
+  return *tensor;
+}
+
+// x[T,N,*] (or [N,T,*]) -> data[S,*], batch_sizes[T]. What PyTorch packs are the numbers of the rows.
+void pack_padded_sequence(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  auto x = args.tensor("input");
+  if (args.flag("batch_first")) x = x.transpose(0, 1);
+  const auto& lengths = shared_sizes(op, args.tensor("lengths"), "lengths");
+  Tensor index;
+  Tensor batch_sizes;
+  {
+    const Outside outside;
+    const auto rows = at::arange(x.size(0) * x.size(1)).view({x.size(0), x.size(1)});
+    std::tie(index, batch_sizes) = at::_pack_padded_sequence(rows, lengths, /*batch_first=*/false);
+    index = index.to(x.device());
+  }
+  torch::jit::drop(stack, count_arguments(op));
+  torch::jit::push(stack, x.flatten(0, 1).index_select(0, index), batch_sizes);
+}
+
+// data[S,*], batch_sizes[T] -> x[T,N,*] (or [N,T,*]), lengths[N], padded with row number S.
+void pad_packed_sequence(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  const auto data = args.tensor("data");
+  const auto& batch_sizes = shared_sizes(op, args.tensor("batch_sizes"), "batch_sizes");
+  Tensor index;
+  Tensor lengths;
+  {
+    const Outside outside;
+    std::tie(index, lengths) = at::_pad_packed_sequence(at::arange(data.size(0)), batch_sizes, args.flag("batch_first"),
+                                                        /*padding_value=*/data.size(0), args["total_length"].toInt());
+    index = index.to(data.device());
+  }
+  auto padding_size = data.sym_sizes().vec();
+  padding_size[0] = 1;
+  const auto padding = at::full_symint(padding_size, args["padding_value"].toScalar(), data.options());
+  const auto x = at::cat({data, padding}, 0).index_select(0, index.flatten());
+  torch::jit::drop(stack, count_arguments(op));
+  torch::jit::push(stack, x.unflatten(0, index.sizes()), lengths);
+}
+
 // How many sequences have each time step, the longest sequences first.
 using Rows = std::vector<c10::SymInt>;
 
-Rows rows_of_steps(const c10::OperatorHandle& op, const Tensor& batch_sizes) {
-  const auto* tensor = &batch_sizes;
-  while (const auto* wrapper = as_wrapper(*tensor)) {
-    TORCH_CHECK_VALUE(wrapper->bdim() == kNoBatchDim, "vmap: ", op.operator_name().name,
-                      " got packed sequences whose batch_sizes are batched, but their lengths must be the same for all "
-                      "examples. Pack with lengths that are not batched, or leave the sequences padded.");
-    tensor = &wrapper->value();
-  }
+Rows rows_of_steps(const Tensor& batch_sizes) {
   const Outside outside;
   Rows rows;
-  for (int64_t t = 0; t < tensor->size(0); ++t) rows.emplace_back((*tensor)[t].item<int64_t>());
+  for (int64_t t = 0; t < batch_sizes.size(0); ++t) rows.emplace_back(batch_sizes[t].item<int64_t>());
   return rows;
 }
 
@@ -111,7 +159,8 @@ void network(const c10::OperatorHandle& op, Stack& stack) {
   const bool batch_first = !packed && args.flag("batch_first");
   auto x = args.tensor(packed ? "data" : "input");
   if (batch_first) x = x.transpose(0, 1);
-  const auto rows = packed ? rows_of_steps(op, args.tensor("batch_sizes")) : Rows(x.size(0), x.sym_size(1));
+  const auto rows = packed ? rows_of_steps(shared_sizes(op, args.tensor("batch_sizes"), "batch_sizes"))
+                           : Rows(x.size(0), x.sym_size(1));
   TORCH_CHECK_VALUE(!rows.empty(), op.operator_name().name, ": expected at least one time step, got none.");
   if (!packed) x = x.flatten(0, 1);
 
@@ -151,12 +200,20 @@ void network(const c10::OperatorHandle& op, Stack& stack) {
 
 const std::vector<PlainRow>& recurrent_compositions() {
   static const std::vector<PlainRow> rows{
-      {"lstm_cell", cell<Network::kLstm>},         {"gru_cell", cell<Network::kGru>},
-      {"rnn_tanh_cell", cell<Network::kTanh>},     {"rnn_relu_cell", cell<Network::kRelu>},
-      {"lstm.input", network<Network::kLstm>},     {"lstm.data", network<Network::kLstm>},
-      {"gru.input", network<Network::kGru>},       {"gru.data", network<Network::kGru>},
-      {"rnn_tanh.input", network<Network::kTanh>}, {"rnn_tanh.data", network<Network::kTanh>},
-      {"rnn_relu.input", network<Network::kRelu>}, {"rnn_relu.data", network<Network::kRelu>},
+      {"lstm_cell", cell<Network::kLstm>},
+      {"gru_cell", cell<Network::kGru>},
+      {"rnn_tanh_cell", cell<Network::kTanh>},
+      {"rnn_relu_cell", cell<Network::kRelu>},
+      {"lstm.input", network<Network::kLstm>},
+      {"lstm.data", network<Network::kLstm>},
+      {"gru.input", network<Network::kGru>},
+      {"gru.data", network<Network::kGru>},
+      {"rnn_tanh.input", network<Network::kTanh>},
+      {"rnn_tanh.data", network<Network::kTanh>},
+      {"rnn_relu.input", network<Network::kRelu>},
+      {"rnn_relu.data", network<Network::kRelu>},
+      {"_pack_padded_sequence", pack_padded_sequence},
+      {"_pad_packed_sequence", pad_packed_sequence},
   };
   return rows;
 }

@@ -1,5 +1,4 @@
-// Recurrent networks, and packed sequences.
-#include <ATen/ops/_pack_padded_sequence.h>
+// Recurrent networks and packed sequences.
 #include <ATen/ops/reshape.h>
 
 #include "../fallback.h"
@@ -8,14 +7,6 @@
 
 namespace functorch_lite {
 namespace {
-
-bool is_batched_here(const at::Tensor& tensor) { return wrapper_at(tensor, &current_vmap_level()) != nullptr; }
-
-bool any_batched(const c10::IValue& value) {
-  bool any = false;
-  for_each_tensor(&value, 1, [&](const at::Tensor& tensor) { any |= is_batched_here(tensor); });
-  return any;
-}
 
 // x[..,n,B,..] with the batch behind dimension `dim`, merged into it: what one time step has stays together.
 at::Tensor fold_behind(const at::Tensor& x, int64_t bdim, int64_t dim) {
@@ -67,37 +58,22 @@ void recurrent_network(const c10::OperatorHandle& op, Stack& stack) {
   auto& level = current_vmap_level();
   if (draws) check_randomness(op, level);
   const bool differs = draws && level.randomness() == VmapLevel::Randomness::kDifferent;
-  const bool input_batched = any_batched(args[args.has("data") ? "data" : "input"]) || any_batched(args["hx"]);
-  const bool lengths_batched = args.has("batch_sizes") && any_batched(args["batch_sizes"]);
-  const bool shared_weights = !any_batched(args["params"]) && !lengths_batched && (!draws || differs);
-  if (shared_weights && (input_batched || differs)) {
-    BatchCall call(op, stack);
-    return fold_sequences(call);
+  const auto batched = [&](const char* name) { return args.has(name) && any_batched(&args[name], 1); };
+  const bool batched_sequences = differs || batched("input") || batched("data") || batched("hx");
+  if (!batched_sequences || batched("params") || batched("batch_sizes") || (draws && !differs)) {
+    return find_plain_composition(op.operator_name())(op, stack);
   }
-  find_plain_composition(op.operator_name())(op, stack);
-}
-
-// x[B,N,T,*] (or [B,T,N,*]) -> data[S,*,B]: the kernel lets trailing dimensions through.
-void pack_padded_sequence_rule(BatchCall& call) {
-  if (call.is_batched(1)) {
-    refuse_operator(call.op(),
-                    "The lengths differ between examples, and so would the sizes of what it packs. Give lengths that "
-                    "are not batched, or leave the sequences padded.");
-  }
-  const auto& x = call.tensor(0);
-  call.arg(0) = move_dim(x, call.bdim(0), x.dim() - 1);
-  call.call();
-  call.finish_each({call.result().toTensor().dim() - 1, kNoBatchDim});
+  BatchCall call(op, stack);
+  fold_sequences(call);
 }
 
 }  // namespace
 
 void add_recurrent_rules(RuleTable& rules) {
   for (const auto& [op, composition] : recurrent_compositions()) {
-    const bool is_cell = std::string_view(op).find("_cell") != std::string_view::npos;
-    rules.add(is_cell ? composition : &recurrent_network, {op});
+    const bool is_network = std::string_view(op).find('.') != std::string_view::npos;  // lstm.input and the like
+    rules.add(is_network ? &recurrent_network : composition, {op});
   }
-  rules.add(&pack_padded_sequence_rule, {"_pack_padded_sequence"});
 }
 
 }  // namespace functorch_lite
