@@ -151,9 +151,16 @@ std::pair<Tensor, State> run_layer(const Tensor& x, const Rows& rows, State stat
   return {at::cat(outputs, 0), state};
 }
 
+// PyTorch's fused kernels have one derivative, in reverse mode. That is enough for a level with nothing outside.
+bool may_run_fused() {
+  const auto* level = current_level();
+  return level->differentiates() && !level->is_forward() && level->parent() == nullptr;
+}
+
 // input[T,N,I], or [N,T,I] with the batch first, or packed data[S,I], through all layers.
 template <Network kind>
 void network(const c10::OperatorHandle& op, Stack& stack) {
+  if (may_run_fused()) return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
   const NamedArguments args(op, stack);
   const bool packed = args.has("batch_sizes");
   const bool batch_first = !packed && args.flag("batch_first");

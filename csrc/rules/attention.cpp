@@ -158,6 +158,7 @@ void add_attention_rules(RuleTable& rules) {
     rules.add(std::string_view(op) == "scaled_dot_product_attention" ? &attention : composition, {op});
   }
   rules.add(&choose_plain_attention, {"_fused_sdp_choice"});
+  rules.add(along({"dim"}), {"_safe_softmax"});  // PyTorch's decomposition has the derivative NaN where all is masked
   const auto kernel = [](size_t folded_results) {
     return Family{"attention", [=](const c10::FunctionSchema&) -> Rule { return AttentionKernel{folded_results}; }};
   };
