@@ -106,7 +106,16 @@ def test_attention(mode, lead, fused):
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize(
     ("lead", "mask_lead"),
-    [((), ()), ((2,), ()), ((2,), (2,)), ((2, 2), ()), ((2, 2), (2,)), ((2, 2), (1, 1)), ((2, 2), (2, 1)), ((2, 2), (2, 2))],
+    [
+        ((), ()),
+        ((2,), ()),
+        ((2,), (2,)),
+        ((2, 2), ()),
+        ((2, 2), (2,)),
+        ((2, 2), (1, 1)),
+        ((2, 2), (2, 1)),
+        ((2, 2), (2, 2)),
+    ],
     ids=str,
 )
 def test_masks(kind, lead, mask_lead):
@@ -307,7 +316,9 @@ def test_transform_bias_rescale_qkv():
 
 # Modules.
 
-PADDING = torch.tensor([[[0, 0, 0, 1], [0, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 0]], [[1, 0, 0, 0], [0, 0, 1, 0]]]).bool()
+PADDING = torch.tensor(
+    [[[0, 0, 0, 1], [0, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 0]], [[1, 0, 0, 0], [0, 0, 1, 0]]]
+).bool()
 CAUSAL = torch.ones(T, T).triu(1).bool()
 
 
@@ -351,7 +362,14 @@ WEIGHTS_AND_INPUT = [(False, True), (True, False), (True, True)]
 @pytest.mark.parametrize("need", ["averaged", "each", "none"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_first": True}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 3, "vdim": 5}, {"bias": False}],
+    [
+        {},
+        {"batch_first": True},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"kdim": 3, "vdim": 5},
+        {"bias": False},
+    ],
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_multi_head_attention(options, need, training):
@@ -387,7 +405,9 @@ def test_encoder_layer(activation, norm_first, training):
     scores[..., 0] = False  # a key that everybody sees
     for weights, batched in WEIGHTS_AND_INPUT:
         compare_module(models, lambda m, x: m(x), (x,), (weights, batched))
-        compare_module(models, lambda m, x, p: m(x, src_key_padding_mask=p), (x, PADDING), (weights, batched, True), False)
+        compare_module(
+            models, lambda m, x, p: m(x, src_key_padding_mask=p), (x, PADDING), (weights, batched, True), False
+        )
         compare_module(models, lambda m, x, a: m(x, src_mask=a), (x, scores), (weights, batched, False), False)
     compare_module(models, lambda m, x: m(x), (x[:, 0],), (False, True))
 
@@ -418,16 +438,16 @@ def encoder(**options):
 
 
 def test_encoder_with_nested_tensors():
-    """It makes a nested tensor of its input if the padding is at the end of every row, and nothing is differentiated."""
+    """It makes a nested tensor of its input if the padding is at the end of every row and nothing is differentiated."""
     models = [encoder() for _ in range(B)]
     x, call = rand(B, N, T, E), lambda m, x, p: m(x, src_key_padding_mask=p)
     middle = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0]]).bool().expand(B, N, T)
     compare_module(models, call, (x, middle), (False, True, False))
     compare_module(models, call, (x, middle), (False, True, True))
     compare_module(models, call, (x, middle), (True, False, False))
-    with pytest.raises(NotImplementedError, match=r"vmap: .*_nested_tensor_from_mask .*enable_nested_tensor=False"):
-        with torch.no_grad():
-            vmap(lambda x, p: models[0](x, src_key_padding_mask=p))(x, PADDING)
+    message = r"vmap: .*_nested_tensor_from_mask .*enable_nested_tensor=False"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        vmap(lambda x, p: models[0](x, src_key_padding_mask=p))(x, PADDING)
     params, _ = stack_module_state(models)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="got a nested tensor.*enable_nested_tensor=False"):
         vmap(lambda p: functional_call(models[0], p, (x[0],), {"src_key_padding_mask": PADDING[0]}))(params)
@@ -467,7 +487,9 @@ def test_forward_mode(padding, training):
     ):
         for grad_mode in (True, False):
             with torch.set_grad_enabled(grad_mode):
-                torch.testing.assert_close(jvp(f, (x,), (v,))[1], finite_difference_jvp(f, (x,), (v,)), atol=1e-7, rtol=1e-6)
+                torch.testing.assert_close(
+                    jvp(f, (x,), (v,))[1], finite_difference_jvp(f, (x,), (v,)), atol=1e-7, rtol=1e-6
+                )
 
 
 def test_jacobians_of_an_ensemble():

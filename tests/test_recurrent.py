@@ -24,7 +24,7 @@ from functorch_lite import (
     vmap,
 )
 
-B, T, N, I, H = 3, 4, 2, 3, 2
+B, T, N, F, H = 3, 4, 2, 3, 2
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,11 @@ def rand(*shape):
 
 
 NETWORKS = {
-    "tanh": lambda **options: nn.RNN(I, H, **options),
-    "relu": lambda **options: nn.RNN(I, H, nonlinearity="relu", **options),
-    "gru": lambda **options: nn.GRU(I, H, **options),
-    "lstm": lambda **options: nn.LSTM(I, H, **options),
-    "lstm_projection": lambda **options: nn.LSTM(I, 3, proj_size=H, **options),
+    "tanh": lambda **options: nn.RNN(F, H, **options),
+    "relu": lambda **options: nn.RNN(F, H, nonlinearity="relu", **options),
+    "gru": lambda **options: nn.GRU(F, H, **options),
+    "lstm": lambda **options: nn.LSTM(F, H, **options),
+    "lstm_projection": lambda **options: nn.LSTM(F, 3, proj_size=H, **options),
 }
 OPTIONS = {
     "plain": {},
@@ -89,7 +89,7 @@ def pick(tree, i):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_network(kind, options):
     module = make(kind, options)
-    x, state = rand(B, T, N, I), initial_state(module, B, T if module.batch_first else N)
+    x, state = rand(B, T, N, F), initial_state(module, B, T if module.batch_first else N)
     models = [make(kind, options) for _ in range(B)]
     params, _ = stack_module_state(models)
     with torch.no_grad():
@@ -104,7 +104,9 @@ def test_network(kind, options):
         )
         call = lambda p, x, s: outputs(functional_call(module, p, (x, s)))
         for places in [(0, None, None), (0, 0, None), (0, None, 0), (0, 0, 0)]:
-            given = [value if place == 0 else pick(value, 0) for place, value in zip(places, (params, x, state), strict=True)]
+            given = [
+                value if place == 0 else pick(value, 0) for place, value in zip(places, (params, x, state), strict=True)
+            ]
             compare(
                 vmap(call, in_dims=places)(*given),
                 [
@@ -116,7 +118,7 @@ def test_network(kind, options):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_unbatched_input(kind):
-    module, x = make(kind, "all"), rand(B, T, I)
+    module, x = make(kind, "all"), rand(B, T, F)
     state = initial_state(module, B)
     state = pick(state, slice(None)) if isinstance(state, tuple) else state
     with torch.no_grad():
@@ -126,9 +128,9 @@ def test_unbatched_input(kind):
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("size", [0, 1])
 def test_small_batches(kind, size):
-    module, x = make(kind, "all"), rand(size, N, T, I)
+    module, x = make(kind, "all"), rand(size, N, T, F)
     params = {name: p.expand(size, *p.shape) for name, p in weights(module).items()}
-    example = outputs(module(rand(N, T, I)))
+    example = outputs(module(rand(N, T, F)))
     for result in (
         vmap(lambda x: outputs(module(x)))(x),
         vmap(lambda p: outputs(functional_call(module, p, (x.sum(0),))))(params),
@@ -139,7 +141,7 @@ def test_small_batches(kind, size):
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_single_precision(kind):
     """Where plain PyTorch has a fused kernel."""
-    module, x = make(kind, "all").float(), rand(B, N, T, I).float()
+    module, x = make(kind, "all").float(), rand(B, N, T, F).float()
     params, _ = stack_module_state([module] * B)
     expected = [outputs(module(example)) for example in x]
     compare(vmap(lambda x: outputs(module(x)))(x), expected)
@@ -150,10 +152,26 @@ def test_single_precision(kind):
     torch.testing.assert_close(ours, theirs.float())
 
 
+@pytest.mark.parametrize("options", ["no_bias", "all"])
+def test_jacobian_in_single_precision(options):
+    """The backward pass of PyTorch's fused kernel, for many cotangents."""
+    module, x = make("lstm", options), rand(T, N, F)
+    f = lambda module, p, x: torch.cat([y.sum(1).flatten() for y in outputs(functional_call(module, p, (x,)))])
+    single = lambda tree: torch.utils._pytree.tree_map(torch.Tensor.float, tree)
+    exact = jacrev(lambda p, x: f(module, p, x), argnums=(0, 1))(weights(module), x)
+    module.float()
+    actual = jacrev(lambda p, x: f(module, p, x), argnums=(0, 1))(weights(module), x.float())
+    torch.testing.assert_close(actual, single(exact))
+    state_only = jacrev(lambda x: module(x)[1][1].sum(1).flatten())(x.float())
+    count = 2 * module.num_layers if module.bidirectional else 1
+    torch.testing.assert_close(state_only, actual[1][-state_only.shape[0] :])
+    assert state_only.shape[0] == count * H
+
+
 @pytest.mark.parametrize("weights_batched", [False, True])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_nested_vmap(kind, weights_batched):
-    module, x = make(kind, "all"), rand(2, B, N, T, I)
+    module, x = make(kind, "all"), rand(2, B, N, T, F)
     models = [make(kind, "all") for _ in range(B)] if weights_batched else [module] * B
     params, _ = stack_module_state(models) if weights_batched else (weights(module), None)
     call = lambda p, x: functional_call(module, p, (x,))[0]
@@ -180,7 +198,7 @@ def autograd(module, params, x):
 @pytest.mark.parametrize("options", ["plain", "no_bias", "all"])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_per_sample_gradients(kind, options):
-    module, xs = make(kind, options), rand(B, T, N, I)
+    module, xs = make(kind, options), rand(B, T, N, F)
     models = [make(kind, options) for _ in range(B)]
     params, _ = stack_module_state(models)
     gradients = grad(lambda p, x: loss(module, p, x), argnums=(0, 1))
@@ -199,7 +217,7 @@ def test_per_sample_gradients(kind, options):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_gradient_of_a_batch(kind):
     """grad around vmap."""
-    module, xs = make(kind, "all"), rand(B, N, T, I)
+    module, xs = make(kind, "all"), rand(B, N, T, F)
     params, _ = stack_module_state([make(kind, "all") for _ in range(B)])
     shared = grad(lambda p: vmap(lambda x: loss(module, p, x))(xs).sum())(weights(module))
     expected = [autograd(module, weights(module), x)[0] for x in xs]
@@ -212,7 +230,7 @@ def test_gradient_of_a_batch(kind):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_jacobians(kind):
-    module, x = make(kind, "bidirectional"), rand(T, N, I)
+    module, x = make(kind, "bidirectional"), rand(T, N, F)
     f = lambda x: module(x)[0].cos().sum(0)
     expected = torch.autograd.functional.jacobian(f, x)
     torch.testing.assert_close(jacrev(f)(x), expected)
@@ -230,7 +248,7 @@ def test_jacobians(kind):
 
 @pytest.mark.parametrize("kind", ["tanh", "gru", "lstm_projection"])
 def test_hessian(kind):
-    module, xs = make(kind), rand(2, 2, 1, I)
+    module, xs = make(kind), rand(2, 2, 1, F)
     f = lambda x: module(x)[0].sin().sum()
     expected = torch.stack([torch.autograd.functional.hessian(f, x) for x in xs])
     torch.testing.assert_close(vmap(hessian(f))(xs), expected)
@@ -241,9 +259,9 @@ def test_hessian(kind):
 def test_cells(kind, rank):
     cell = {"tanh": nn.RNNCell, "relu": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind]
     options = {"nonlinearity": kind} if cell is nn.RNNCell else {}
-    models = [cell(I, H, **options).double() for _ in range(B)]
+    models = [cell(F, H, **options).double() for _ in range(B)]
     params, _ = stack_module_state(models)
-    x, h = rand(B, 4, I)[:, 0] if rank == 1 else rand(B, N, I), rand(B, H) if rank == 1 else rand(B, N, H)
+    x, h = rand(B, 4, F)[:, 0] if rank == 1 else rand(B, N, F), rand(B, H) if rank == 1 else rand(B, N, H)
     state = (h, h.cos()) if kind == "lstm" else h
     call = lambda p, x, s: torch.utils._pytree.tree_leaves(functional_call(models[0], p, (x, s)))
     for in_dims in itertools.product((0, None), repeat=3):
@@ -269,21 +287,25 @@ def test_cells(kind, rank):
 @pytest.mark.parametrize("weights_batched", [False, True])
 def test_dropout(weights_batched):
     module = make("lstm", "two_layers", dropout=0.5)
-    x = rand(T, 50, I).expand(B, T, 50, I)
-    params = {name: p.expand(B, *p.shape) for name, p in weights(module).items()} if weights_batched else weights(module)
+    x = rand(T, 50, F).expand(B, T, 50, F)
+    params = (
+        {name: p.expand(B, *p.shape) for name, p in weights(module).items()} if weights_batched else weights(module)
+    )
     call = lambda p, x: functional_call(module, p, (x,))[0]
     run = lambda randomness: vmap(call, (0 if weights_batched else None, 0), randomness=randomness)(params, x)
     different, same = run("different"), run("same")
     assert not different[0].equal(different[1])
     torch.testing.assert_close(same[0], same[1])
-    with pytest.raises(RuntimeError, match=r"vmap: the function called the random operator aten::lstm.*randomness='error'"):
+    with pytest.raises(
+        RuntimeError, match=r"vmap: the function called the random operator aten::lstm.*randomness='error'"
+    ):
         run("error")
     module.eval()
     torch.testing.assert_close(run("error")[0], module(x[0])[0])
 
 
 def test_dropout_of_an_unbatched_input():
-    module, x = make("gru", "two_layers", dropout=0.5), rand(T, 50, I)
+    module, x = make("gru", "two_layers", dropout=0.5), rand(T, 50, F)
     draws = lambda randomness: vmap(lambda b: module(x)[0] + 0 * b, randomness=randomness)(torch.zeros(B))
     different, same = draws("different"), draws("same")
     assert not different[0].equal(different[1])
@@ -311,7 +333,7 @@ def test_packed_sequences(kind, options, weights_batched):
     module, lengths = make(kind, options), torch.tensor([2, 4, 1])
     models = [make(kind, options) for _ in range(B)] if weights_batched else [module] * B
     params, _ = stack_module_state(models) if weights_batched else (weights(module), None)
-    x, state = rand(B, T, 3, I), initial_state(module, B, 3)
+    x, state = rand(B, T, 3, F), initial_state(module, B, 3)
     pack = lambda x: pack_padded_sequence(x, lengths, enforce_sorted=False)
     call = lambda p, x, s: outputs(functional_call(module, p, (pack(x), s)))
     in_dims = (0 if weights_batched else None, 0, 0)
@@ -327,7 +349,7 @@ def test_packed_sequences(kind, options, weights_batched):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("features", [(), (I,), (I, 2)])
+@pytest.mark.parametrize("features", [(), (F,), (F, 2)])
 def test_packing_and_padding(batch_first, features):
     lengths = torch.tensor([4, 3, 1])
     xs = rand(B, *((3, T) if batch_first else (T, 3)), *features)
@@ -350,11 +372,11 @@ def test_packing_and_padding(batch_first, features):
 
 def test_packing_checks_the_lengths():
     with pytest.raises(RuntimeError, match="sorted"):
-        vmap(lambda x: pack_padded_sequence(x, torch.tensor([1, 2])).data)(rand(B, T, 2, I))
+        vmap(lambda x: pack_padded_sequence(x, torch.tensor([1, 2])).data)(rand(B, T, 2, F))
 
 
 def test_packed_sequence_from_outside():
-    module, packed = make("gru"), pack_padded_sequence(rand(T, 3, I), torch.tensor([4, 2, 2]))
+    module, packed = make("gru"), pack_padded_sequence(rand(T, 3, F), torch.tensor([4, 2, 2]))
     models = [make("gru") for _ in range(B)]
     params, _ = stack_module_state(models)
     compare(
@@ -366,18 +388,18 @@ def test_packed_sequence_from_outside():
 def test_lengths_that_differ_between_examples():
     lengths = torch.tensor([[4, 2], [3, 1], [2, 2]])
     with pytest.raises(ValueError, match=r"vmap: aten::_pack_padded_sequence got lengths that are batched"):
-        vmap(pack_padded_sequence)(rand(B, T, N, I), lengths)
+        vmap(pack_padded_sequence)(rand(B, T, N, F), lengths)
     module = make("lstm")
     call = lambda data, sizes: torch.lstm(
         data, sizes, (torch.zeros(1, N, H).double(),) * 2, list(module.parameters()), True, 1, 0.0, False, False
     )
     sizes = torch.tensor([[2, 1], [2, 1]])
     with pytest.raises(ValueError, match=r"vmap: aten::lstm got batch_sizes that are batched"):
-        vmap(call)(rand(2, 3, I), sizes)
+        vmap(call)(rand(2, 3, F), sizes)
 
 
 def test_no_time_steps():
-    module, x = make("gru"), rand(0, N, I)
+    module, x = make("gru"), rand(0, N, F)
     params, _ = stack_module_state([module] * B)
     with pytest.raises(ValueError, match="gru: expected at least one time step, got none"):
         vmap(lambda p: functional_call(module, p, (x,)))(params)
@@ -389,7 +411,7 @@ def test_no_time_steps():
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_module_is_as_before(kind):
     """A network keeps a list of its weights beside its parameters, which must not keep the wrappers."""
-    module, x = make(kind), rand(T, N, I)
+    module, x = make(kind), rand(T, N, F)
     expected = module(x)[0].detach()
     params, _ = stack_module_state([make(kind) for _ in range(B)])
     vmap(lambda p: functional_call(module, p, (x,))[0])(params)
