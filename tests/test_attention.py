@@ -219,6 +219,8 @@ def test_nothing_batched_stays_unbatched():
     q = rand(1, 2, 4, 3)
     result = vmap(lambda b: (F.scaled_dot_product_attention(q, q, q), b), out_dims=(None, 0))(torch.zeros(B))[0]
     torch.testing.assert_close(result, F.scaled_dot_product_attention(q, q, q))
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    torch.testing.assert_close(vmap(lambda b: (kernel(q, q, q)[0], b), out_dims=(None, 0))(torch.zeros(B))[0], result)
 
 
 # Kernels called directly.

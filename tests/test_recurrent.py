@@ -21,6 +21,7 @@ from functorch_lite import (
     jacrev,
     jvp,
     stack_module_state,
+    vjp,
     vmap,
 )
 
@@ -166,6 +167,20 @@ def test_jacobian_in_single_precision(options):
     count = 2 * module.num_layers if module.bidirectional else 1
     torch.testing.assert_close(state_only, actual[1][-state_only.shape[0] :])
     assert state_only.shape[0] == count * H
+
+
+def test_pullback_in_single_precision():
+    """Derivatives and batches of a pullback, which runs the backward pass of PyTorch's fused kernel."""
+    module, x, v = make("lstm", "all"), rand(N, T, F), rand(2, N, T, 2 * H)
+
+    def results(convert):
+        pull = vjp(lambda x: module(x)[0], convert(x))[1]
+        along = jvp(pull, (convert(v[0]),), (convert(v[1]),))[1][0]
+        return vmap(pull)(convert(v))[0], along, grad(lambda v: pull(v)[0].sin().sum())(convert(v[0]))
+
+    exact = results(lambda x: x)
+    module.float()
+    torch.testing.assert_close(results(torch.Tensor.float), tuple(y.float() for y in exact))
 
 
 @pytest.mark.parametrize("weights_batched", [False, True])

@@ -96,7 +96,12 @@ struct AttentionKernel {
   size_t folded_results;  // those in front have the batch, the others are the same for all examples
 
   void operator()(BatchCall& call) const {
-    check_kernel(call);
+    bool expands = check_kernel(call);
+    for (size_t i = 0; i < call.size(); ++i) expands |= call.is_batched(i);
+    if (!expands) {
+      call.call();
+      return call.finish_unbatched();
+    }
     if (finish_without_examples(call)) return;
     const auto query = call.position("query");
     const std::vector<c10::SymInt> leading{call.batch_size(), call.tensor(query).sym_size(call.bdim(query) == 0)};
@@ -122,7 +127,8 @@ struct AttentionKernel {
   }
 
  private:
-  static void check_kernel(BatchCall& call) {
+  // Whether it draws numbers, other ones for each example.
+  static bool check_kernel(BatchCall& call) {
     for (const auto* name : {"cum_seq_q", "cu_seqlens_q"}) {
       const auto i = call.find(name);
       if (i && call.is_tensor(*i) && call.tensor(*i).numel() > 0) {
@@ -131,13 +137,14 @@ struct AttentionKernel {
                         "examples. Give padded sequences.");
       }
     }
-    if (call.arg("dropout_p").toDouble() == 0) return;
+    if (call.arg("dropout_p").toDouble() == 0) return false;
     check_randomness(call.op(), call.level());
     if (call.level().randomness() == VmapLevel::Randomness::kSame) {
       refuse_operator(call.op(),
                       "It draws other numbers for each example. Pass randomness='different' to vmap, or call "
                       "torch.nn.functional.scaled_dot_product_attention.");
     }
+    return true;
   }
 };
 

@@ -1,11 +1,5 @@
 // Recurrent networks and packed sequences.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/reshape.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/zeros_like.h>
 
 #include "../fallback.h"
 #include "../plain_compositions.h"
@@ -73,58 +67,6 @@ void recurrent_network(const c10::OperatorHandle& op, Stack& stack) {
   fold_sequences(call);
 }
 
-// The cotangents of one direction of an LSTM layer, input[T,N,I] and output[T,N,H], for which PyTorch's CPU has a
-// kernel. The gates of all time steps follow from the output at once.
-void lstm_layer_backward(const c10::OperatorHandle& op, Stack& stack) {
-  const NamedArguments args(op, stack);
-  const auto x = args.tensor("input");
-  const auto w_ih = args.tensor("weight1");
-  const auto w_hh = args.tensor("weight2");
-  const auto output = args.tensor("output");
-  const auto hx = args.tensor("hx_").unsqueeze(0);
-  const bool reverse = args.flag("reverse");
-  const auto steps = x.size(0);
-  const auto step_at = [&](int64_t i) { return reverse ? steps - 1 - i : i; };
-  const auto before =
-      reverse ? at::cat({output.narrow(0, 1, steps - 1), hx}, 0) : at::cat({hx, output.narrow(0, 0, steps - 1)}, 0);
-  const auto bias = [&](const char* name) {
-    return args.flag("has_biases") ? args.optional_tensor(name) : std::nullopt;
-  };
-  const auto gates = at::linear(x, w_ih, bias("weight3")) + at::linear(before, w_hh, bias("weight4"));
-  const auto parts = gates.chunk(4, -1);
-  const auto in = parts[0].sigmoid();
-  const auto forget = parts[1].sigmoid();
-  const auto candidate = parts[2].tanh();
-  const auto out = parts[3].sigmoid();
-  std::vector<at::Tensor> cells{args.tensor("cx_tmp")};
-  for (int64_t i = 0; i < steps; ++i) {
-    const auto t = step_at(i);
-    cells.push_back(forget[t] * cells.back() + in[t] * candidate[t]);
-  }
-
-  const auto grad_output = args.optional_tensor("grad_output");
-  auto dh = args.optional_tensor("grad_hy").value_or(at::zeros_like(hx[0]));
-  auto dc = args.optional_tensor("grad_cy").value_or(at::zeros_like(cells[0]));
-  std::vector<at::Tensor> by_step(steps);
-  for (auto i = steps - 1; i >= 0; --i) {
-    const auto t = step_at(i);
-    if (grad_output.has_value()) dh = dh + (*grad_output)[t];
-    const auto active = cells[i + 1].tanh();
-    dc = dc + dh * out[t] * (1 - active * active);
-    by_step[t] = at::cat({dc * candidate[t] * in[t] * (1 - in[t]), dc * cells[i] * forget[t] * (1 - forget[t]),
-                          dc * in[t] * (1 - candidate[t] * candidate[t]), dh * active * out[t] * (1 - out[t])},
-                         -1);
-    dc = dc * forget[t];
-    dh = at::matmul(by_step[t], w_hh);
-  }
-  const auto d_gates = at::stack(by_step);
-  const auto by_gate = d_gates.flatten(0, 1).t();
-  const auto d_bias = by_gate.sum(1);
-  torch::jit::drop(stack, count_arguments(op));
-  torch::jit::push(stack, at::matmul(d_gates, w_ih), at::matmul(by_gate, x.flatten(0, 1)),
-                   at::matmul(by_gate, before.flatten(0, 1)), d_bias, d_bias, dh, dc);
-}
-
 }  // namespace
 
 void add_recurrent_rules(RuleTable& rules) {
@@ -132,7 +74,6 @@ void add_recurrent_rules(RuleTable& rules) {
     const bool is_network = std::string_view(op).find('.') != std::string_view::npos;  // lstm.input and the like
     rules.add(is_network ? &recurrent_network : composition, {op});
   }
-  rules.add(&lstm_layer_backward, {"mkldnn_rnn_layer_backward"});
 }
 
 }  // namespace functorch_lite
