@@ -16,6 +16,7 @@
 #include <ATen/ops/where.h>
 
 #include "../fallback.h"
+#include "../plain_compositions.h"
 #include "data_dependent.h"
 #include "rules.h"
 
@@ -377,6 +378,7 @@ struct ScatterView {
 }  // namespace
 
 void add_indexing_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : indexing_compositions()) rules.add(composition, {op});
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
   rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
   rules.add(expanded_along({"dim"}),
