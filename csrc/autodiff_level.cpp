@@ -122,6 +122,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
         const auto* wrapper = wrapper_at(target, this);
         captured |= wrapper == nullptr || wrapper->is_captured;
         if (captured && any_variable) refuse_captured_write(op, *this, target);
+        bring_graph_up_to_date(target);
       });
       if (captured) return run_below(op, stack, {.same_keys = same_keys});
     }

@@ -22,6 +22,7 @@ struct PythonSide {
   py::object install_decomposition;
   py::object warn_loop;
   py::object user_location;
+  py::object name_of_tensor;
   py::object escaped_tensor_error;
 };
 PythonSide& python_side() {
@@ -50,9 +51,9 @@ auto call_python(Call&& call) {
 }
 
 void set_python_side(py::object install_decomposition, py::object warn_loop, py::object user_location,
-                     py::object escaped_tensor_error) {
+                     py::object name_of_tensor, py::object escaped_tensor_error) {
   python_side() = {std::move(install_decomposition), std::move(warn_loop), std::move(user_location),
-                   std::move(escaped_tensor_error)};
+                   std::move(name_of_tensor), std::move(escaped_tensor_error)};
   auto& hooks = python_hooks();
   hooks.install_decomposition = [](const c10::OperatorName& name) {
     return call_python([&] { return python_side().install_decomposition(name.name, name.overload_name).cast<bool>(); });
@@ -61,6 +62,9 @@ void set_python_side(py::object install_decomposition, py::object warn_loop, py:
     call_python([&] { python_side().warn_loop(c10::toString(name)); });
   };
   hooks.user_location = [] { return call_python([] { return python_side().user_location().cast<std::string>(); }); };
+  hooks.name_of_tensor = [](const at::Tensor& tensor) {
+    return call_python([&] { return python_side().name_of_tensor(tensor).cast<std::string>(); });
+  };
 }
 
 // Whether code outside the level could differentiate through this tensor.
@@ -118,6 +122,7 @@ at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) 
 std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& level, const at::Tensor& result) {
   const auto* wrapper = wrapper_at(result, &level);
   if (wrapper == nullptr) return {result, std::nullopt};
+  if (wrapper->bdim() == kNoBatchDim) return {wrapper->value(), std::nullopt};
   return {wrapper->value(), wrapper->bdim()};
 }
 
@@ -241,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
         "How many transforms the calling code is inside of; 0 outside all of them.\n\n"
         "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
+  m.def("innermost_value", &innermost_value);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
   m.def("batching_rules", &batching_rules);
   m.def("unknown_operators", &RuleTable::unknown_operators);

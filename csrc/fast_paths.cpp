@@ -96,7 +96,7 @@ Tensor unary(c10::DispatchKeySet keys, const Tensor& x) {
         RunBelow below(*level);
         result = Op::call(*a.value);
       }
-      return a.bdim == kNoBatchDim ? result : wrap(std::move(result), *level, a.bdim);
+      return wrap(std::move(result), *level, a.bdim);
     }
   }
   return boxed_way<Op>(keys, x);
@@ -115,7 +115,7 @@ Tensor binary(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const 
         RunBelow below(*level);
         result = Op::call(*a.value, *b.value, rest...);
       }
-      return unbatched ? result : wrap(std::move(result), *level, *bdim);
+      return wrap(std::move(result), *level, *bdim);
     }
   }
   return boxed_way<Op>(keys, x, y, rest...);

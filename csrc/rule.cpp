@@ -138,6 +138,7 @@ void register_batching_rules() {
   add_attention_rules(rules);
   add_foreach_rules(rules);
   add_optimizer_rules(rules);
+  add_python_value_rules(rules);
   add_default_rows(rules);
 }
 

@@ -35,6 +35,7 @@ def connect() -> None:
         _decompose.install_decomposition,
         _boundary.warn_loop,
         _boundary.user_location,
+        _boundary.name_of_tensor,
         _checks.EscapedTensorError,
     )
     _repr.install()
