@@ -3,8 +3,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <functional>
+
 namespace functorch_lite {
 
+class BatchCall;
 class VmapLevel;
 
 // Raises: vmap cannot run `op` on batched values.
@@ -12,6 +15,9 @@ class VmapLevel;
 
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
+
+// Calls the operator once for each example and stacks the results, with the batch in front.
+void run_each_example(BatchCall& call, const std::function<void(int64_t example)>& before_each = nullptr);
 
 // What the Python side provides. Both are set once, at import.
 struct PythonHooks {

@@ -16,6 +16,10 @@ VmapLevel& current_vmap_level() {
   return static_cast<VmapLevel&>(*level);
 }
 
+void VmapLevel::on_open() {
+  if (chunks_ != nullptr) chunks_->begin(batch_size_.expect_int());
+}
+
 void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
@@ -34,7 +38,9 @@ void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     replace_tensors(arguments, n, strip_closed_levels);
     return run(op, stack);
   }
-  if (!any_batched && !op.hasTag(at::Tag::nondeterministic_seeded)) {
+  const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (is_random) remember_generator(*this, c10::ArrayRef<c10::IValue>(arguments, n));
+  if (!any_batched && !is_random) {
     RunBelow below(*this);
     op.callBoxed(&stack);
     return;
