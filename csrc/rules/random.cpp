@@ -18,7 +18,6 @@
 #include <ATen/ops/rand.h>
 #include <ATen/ops/reshape.h>
 #include <ATen/ops/topk.h>
-#include <ATen/ops/uniform.h>
 #include <ATen/ops/where.h>
 
 #include <algorithm>
@@ -256,19 +255,38 @@ void multinomial_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*] -> mask[B,*] or mask[*], each element kept with this probability
-at::Tensor keep_mask(BatchCall& call, double probability) {
+// x[B?,*] -> e[whole batch,*] or e[*]
+at::Tensor like_what_is_drawn(BatchCall& call, c10::ScalarType dtype) {
   const auto like = different(call) ? like_whole_batch(call, 0) : like_one_example(call, 0);
-  const auto mask = at::bernoulli(at::empty_symint(like.sym_sizes(), like.options().dtype(c10::kBool)), probability,
-                                  given_generator(call));
+  return at::empty_symint(like.sym_sizes(), like.options().dtype(dtype));
+}
+
+// x[B?,*] -> mask[B,*] or mask[*], each element kept with this probability
+at::Tensor keep_mask(BatchCall& call, double probability, c10::ScalarType dtype) {
+  const auto mask = at::bernoulli(like_what_is_drawn(call, dtype), probability, given_generator(call));
   return different(call) ? part_of(call, mask) : mask;
+}
+
+// x[B?,*], p -> y[B,*], multiplied as PyTorch does, so that the results agree to the last bit
+void dropout_rule(BatchCall& call) {
+  const auto p = call.arg("p").toDouble();
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout: p is a probability, got ", p);
+  const bool drops = call.arg("train").toBool() && p > 0;
+  if (!drops || p == 1) {
+    call.set_results(drops ? call.tensor(0) * 0 : at::Tensor(call.tensor(0)));
+    return call.finish(call.bdim(0));
+  }
+  check_allowed(call);
+  const auto& x = different(call) ? call.expand_to_front(0) : call.to_front(0);
+  call.set_results(x * (keep_mask(call, 1 - p, x.scalar_type()) / (1 - p)));
+  call.finish(call.bdim(0));
 }
 
 // x[B?,*] -> y[B,*], mask[B,*]
 void drop(BatchCall& call, double keep, c10::ScalarType mask_dtype) {
   check_allowed(call);
   const auto& x = different(call) ? call.expand_to_front(0) : call.to_front(0);
-  const auto mask = keep_mask(call, keep);
+  const auto mask = keep_mask(call, keep, c10::kBool);
   call.set_results(x * mask * (keep == 0 ? 0.0 : 1.0 / keep), mask.to(mask_dtype));
   call.finish_each({call.bdim(0), different(call) ? 0 : kNoBatchDim});
 }
@@ -286,12 +304,16 @@ void native_dropout_rule(BatchCall& call) {
 void fused_dropout_rule(BatchCall& call) { drop(call, call.arg("p").toDouble(), c10::kByte); }
 
 // The factors r of x[B,*]: r[B,*]. PyTorch draws only where x <= 0, in the order of the elements, so with "same" the
-// example's first such element gets the first number, and so on.
+// example's first such element gets the first number, and so on. The bounds have the precision of x, the numbers more.
 at::Tensor rrelu_factors(BatchCall& call, const at::Tensor& negative) {
-  const auto like = different(call) ? like_whole_batch(call, 0) : like_one_example(call, 0);
-  const auto r = at::uniform(at::empty_symint(like.sym_sizes(), like.options().dtype(c10::kDouble)),
-                             call.arg("lower").toScalar().toDouble(), call.arg("upper").toScalar().toDouble(),
-                             given_generator(call));
+  const auto precision = at::toOpMathType(call.tensor(0).scalar_type());
+  const auto bound = [&](const char* name) {
+    const auto value = call.arg(name).toScalar();
+    return precision == c10::kDouble ? value.toDouble() : value.toFloat();
+  };
+  const auto like = like_what_is_drawn(call, c10::kDouble);
+  const auto u = at::rand_symint(like.sym_sizes(), given_generator(call), like.options());
+  const auto r = (u * (bound("upper") - bound("lower")) + bound("lower")).to(precision);
   if (different(call)) return part_of(call, r);
   const auto order = flatten_examples(negative).cumsum(1) - 1;
   return r.take(order.clamp_min(0)).view_symint(negative.sym_sizes());
@@ -313,7 +335,7 @@ void rrelu_rule(BatchCall& call) {
   }
   const auto x = different(call) ? call.expand_to_front(0) : call.to_front(0);
   const auto negative = x <= 0;
-  const auto r = rrelu_factors(call, negative).to(at::toOpMathType(x.scalar_type()));
+  const auto r = rrelu_factors(call, negative);
   call.set_results(at::where(negative, (x * r).to(x.scalar_type()), x),
                    at::where(negative, r, at::ones_like(r)).to(x.scalar_type()));
   call.finish();
@@ -411,6 +433,7 @@ void add_random_rules(RuleTable& rules) {
   rules.add(&normal_rule, {"normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor"});
   rules.add(&multinomial_rule, {"multinomial"});
   rules.add(&sampler_rule, {"poisson", "_standard_gamma", "binomial", "_sample_dirichlet"});
+  rules.add(&dropout_rule, {"dropout"});
   rules.add(&native_dropout_rule, {"native_dropout"});
   rules.add(&fused_dropout_rule, {"_fused_dropout"});
   rules.add(&rrelu_rule, {"rrelu_with_noise_functional"});
