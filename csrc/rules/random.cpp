@@ -50,13 +50,13 @@ at::Tensor part_of(const BatchCall& call, const at::Tensor& y) {
   return chunks != nullptr ? y.narrow_symint(0, chunks->start(), call.batch_size()) : y;
 }
 
-// x[B,*] -> x[whole batch,*]; examples of other chunks look like the first of this one.
+// x[B,*] -> x[whole batch,*], contiguous; examples of other chunks look like the first of this one.
 at::Tensor in_whole_batch(const BatchCall& call, const at::Tensor& x) {
   const auto* chunks = call.level().chunks();
-  if (chunks == nullptr) return x;
+  if (chunks == nullptr) return x.contiguous();
   const auto others = [&](const c10::SymInt& count) { return expand_batch(x.select(0, 0), count); };
   const auto end = call.batch_size() + chunks->start();
-  return at::cat({others(chunks->start()), x, others(whole_batch(call) - end)});
+  return at::cat({others(chunks->start()), x, others(whole_batch(call) - end)}).contiguous();
 }
 
 // x[B?,*] -> e[*], in the layout of one example and without its values.
@@ -136,10 +136,11 @@ int64_t largest_rank(BatchCall& call) {
   return rank;
 }
 
+// Operators draw in the order of memory.
 void expand_all(BatchCall& call) {
   const auto rank = largest_rank(call);
   for (size_t i = 0; i < call.size(); ++i) {
-    if (call.is_tensor(i)) call.expand_to_front(i, rank);
+    if (call.is_tensor(i)) call.arg(i) = call.expand_to_front(i, rank).contiguous();
   }
 }
 
