@@ -1,10 +1,10 @@
 // The random number generators that vmap draws from, and what keeps the numbers the same with and without chunks.
 //
 // When a vmap runs in chunks, each chunk starts with the generators in the state that the first one found, and its
-// random operators draw for the whole batch and use their part. So all chunks see one and the same sequence, and the last
-// one leaves it where a vmap without chunks does. That works where the number of draws does not depend on values. On the
-// CPU, operators that reject some draws ("samplers": poisson, gamma, ...) draw from a stream of their own instead, of
-// which a chunk takes up where the one before stopped.
+// random operators draw for the whole batch and use their part. So all chunks see one and the same sequence, and the
+// last one leaves it where a vmap without chunks does. That works where the number of draws does not depend on values.
+// On the CPU, operators that reject some draws ("samplers": poisson, gamma, ...) draw from a stream of their own
+// instead, of which a chunk takes up where the one before stopped.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -64,8 +64,8 @@ class OwnStream {
   at::Tensor outer_state_;
 };
 
-// Calls the operator once for each example. With randomness='same' each finds the generator in the same state, and it is
-// left as the first example of the batch leaves it. With 'different' each has a stream of its own.
+// Calls the operator once for each example. With randomness='same' each finds the generator in the same state, and it
+// is left as the first example of the batch leaves it. With 'different' each has a stream of its own.
 void draw_each_example(BatchCall& call);
 
 }  // namespace functorch_lite

@@ -31,7 +31,7 @@ def _new(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _new_tensor(tensor: Tensor, data: Any, *args: Any, **kwargs: Any) -> Tensor:
     if not _C.is_wrapper(tensor):
         return _plain_new_tensor(tensor, data, *args, **kwargs)
-    options = {"dtype": tensor.dtype, "device": tensor.device}
+    options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
     options.update((name, value) for name, value in kwargs.items() if value is not None)
     if not isinstance(data, Tensor):
         return torch.tensor(data, **options)
@@ -41,5 +41,5 @@ def _new_tensor(tensor: Tensor, data: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def install() -> None:
     """Make both know wrappers. Plain tensors use PyTorch's own."""
-    Tensor.new = _new  # type: ignore[method-assign]
-    Tensor.new_tensor = _new_tensor  # type: ignore[method-assign]
+    Tensor.new = _new  # type: ignore[assignment, method-assign]
+    Tensor.new_tensor = _new_tensor  # type: ignore[assignment, method-assign]

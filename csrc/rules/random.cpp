@@ -161,7 +161,8 @@ bool is_inside_vmap(const Level& level) {
   return outer != nullptr && (typeid(*outer) == typeid(VmapLevel) || is_inside_vmap(*outer));
 }
 
-// The same where they do. Streams of several levels cannot be one stream, so that an inner vmap draws example by example.
+// The same where they do. Streams of several levels cannot be one stream, so that an inner vmap draws example by
+// example.
 void sampler_rule(BatchCall& call) {
   check_allowed(call);
   if (!different(call)) return draw_each_example(call);
@@ -441,17 +442,19 @@ void add_random_rules(RuleTable& rules) {
   rules.add(&random_write,
             {"bernoulli_.float", "bernoulli_.Tensor", "normal_", "uniform_", "random_", "random_.from", "random_.to",
              "exponential_", "geometric_", "cauchy_", "log_normal_", "rrelu_with_noise", "rrelu_with_noise_"});
+  rules.add(&random_write, {"rand.out", "rand.generator_out", "randn.out", "randn.generator_out", "randint.out",
+                            "randint.generator_out", "randint.low_out", "randint.low_generator_out", "randperm.out",
+                            "randperm.generator_out", "multinomial.out", "normal.float_float_out"});
   rules.add(&random_write,
-            {"rand.out", "rand.generator_out", "randn.out", "randn.generator_out", "randint.out",
-             "randint.generator_out", "randint.low_out", "randint.low_generator_out", "randperm.out",
-             "randperm.generator_out", "rand_like.out", "rand_like.generator_out", "randn_like.out",
-             "randn_like.generator_out", "randint_like.out", "randint_like.generator_out", "randint_like.low_dtype_out",
-             "randint_like.low_generator_dtype_out", "randint_like.Tensor_out", "randint_like.Tensor_generator_out",
-             "bernoulli.out", "bernoulli.float_out", "bernoulli.Tensor_out", "normal.out", "normal.float_float_out",
-             "normal.Tensor_float_out", "normal.float_Tensor_out", "normal.Tensor_Tensor_out", "uniform.out",
-             "exponential.out", "geometric.out", "cauchy.out", "log_normal.out", "random.out", "random.from_out",
-             "random.to_out", "multinomial.out", "poisson.out", "binomial.out", "_standard_gamma.out",
-             "_sample_dirichlet.out", "native_dropout.out", "_fused_dropout.out"});
+            {"rand_like.out", "rand_like.generator_out", "randn_like.out", "randn_like.generator_out",
+             "randint_like.out", "randint_like.generator_out", "randint_like.low_dtype_out",
+             "randint_like.low_generator_dtype_out", "randint_like.Tensor_out", "randint_like.Tensor_generator_out"});
+  rules.add(&random_write, {"uniform.out", "exponential.out", "geometric.out", "cauchy.out", "log_normal.out",
+                            "random.out", "random.from_out", "random.to_out", "normal.out", "bernoulli.float_out"});
+  rules.add(&random_write,
+            {"bernoulli.out", "bernoulli.Tensor_out", "normal.Tensor_float_out", "normal.float_Tensor_out",
+             "normal.Tensor_Tensor_out", "poisson.out", "binomial.out", "_standard_gamma.out", "_sample_dirichlet.out",
+             "native_dropout.out", "_fused_dropout.out"});
 }
 
 }  // namespace functorch_lite

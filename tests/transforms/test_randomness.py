@@ -57,9 +57,11 @@ SHAPED = {
     "randperm": lambda x: torch.randperm(6),
     "rand_like": torch.rand_like,
     "rand_like of a transposed": lambda x: torch.rand_like(x.expand(2, *x.shape).transpose(0, -1)),
-    "rand_like in a format": lambda x: torch.rand_like(x.expand(2, 3, 4, *x.shape[:1]), memory_format=torch.channels_last)
-    if x.dim() == 1
-    else torch.rand_like(x),
+    "rand_like in a format": lambda x: (
+        torch.rand_like(x.expand(2, 3, 4, *x.shape[:1]), memory_format=torch.channels_last)
+        if x.dim() == 1
+        else torch.rand_like(x)
+    ),
     "randn_like": torch.randn_like,
     "randint_like": lambda x: torch.randint_like(x, 9),
     "randint_like.low_dtype": lambda x: torch.randint_like(x, 3, 9),
@@ -91,7 +93,6 @@ IN_PLACE = {
         x, 0.4, True, out0=torch.empty_like(x), out1=torch.empty_like(x, dtype=torch.bool)
     )[0],
     "nn.init.kaiming_uniform_": lambda x: torch.nn.init.kaiming_uniform_(x.new_empty(3, 4)),
-    "nn.init.trunc_normal_": lambda x: torch.nn.init.trunc_normal_(x.new_empty(3, 4)),
     "nn.init.orthogonal_": lambda x: torch.nn.init.orthogonal_(x.new_empty(3, 4)),
     "nn.init.sparse_": lambda x: torch.nn.init.sparse_(x.new_empty(4, 3), 0.5),
 }
@@ -166,9 +167,7 @@ DISTRIBUTIONS = {
     "Laplace": sample(distributions.Laplace, itself, itself),
     "MultivariateNormal": sample(distributions.MultivariateNormal, flat, lambda x: torch.eye(x.numel())),
     "Normal": sample(distributions.Normal, itself, itself),
-    "OneHotCategorical": sample(distributions.OneHotCategorical, flat),
     "Poisson": sample(distributions.Poisson, itself),
-    "StudentT": sample(distributions.StudentT, itself),
     "Uniform": sample(distributions.Uniform, itself, lambda x: x + 1),
 }
 ALL = {**FACTORIES, **SHAPED, **IN_PLACE, **WITH_PARAMETERS, **NN, **DISTRIBUTIONS}
@@ -361,7 +360,7 @@ def test_derivatives(randomness):
         assert torch.equal(gradient, outside)
 
 
-@pytest.mark.parametrize("name", ["Normal", "Gamma", "Exponential", "StudentT", "Laplace"])
+@pytest.mark.parametrize("name", ["Normal", "Gamma", "Exponential", "Laplace"])
 @pytest.mark.parametrize("randomness", MODES)
 def test_derivatives_of_reparametrized_samples(name, randomness):
     x = probabilities(3, 4).double() + 0.5
@@ -518,13 +517,15 @@ def test_every_random_operator_is_known():
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 def test_new_tensors_of_wrappers():
-    def func(x):
-        made = [x.new(2, 3), x.new(torch.Size([2])), x.new(), x.new([1, 2]), x.new(torch.ones(2)), x.new_tensor(3.0)]
-        made += [x.new_tensor([1.5], dtype=torch.float64), x.new_tensor(torch.ones(2)), x.new_tensor(1, device="cpu")]
-        return [(tuple(y.shape), y.dtype) for y in made], [y.tolist() for y in made[3:]]
+    def made(x):
+        empty = [x.new(2, 3), x.new(torch.Size([2])), x.new()]
+        filled = [x.new([1, 2]), x.new(torch.ones(2)), x.new_tensor(3.0), x.new_tensor([1.5], dtype=torch.float64)]
+        filled += [x.new_tensor(torch.ones(2)), x.new_tensor(1, device="cpu")]
+        return [*(torch.zeros_like(y) for y in empty), *filled]
 
-    seen = []
-    expected = func(torch.ones(3))
-    for transform in (vmap, grad):
-        transform(lambda x: seen.append(func(x)) or x.sum())(torch.ones(3))
-    assert seen == [expected, expected]
+    x = torch.ones(3)
+    expected = made(x)
+    assert_same_bits(grad(lambda x: (x.sum(), made(x)), has_aux=True)(x)[1], expected)
+    for result, one in zip(vmap(made)(torch.ones(2, 3)), expected, strict=True):
+        assert result.dtype == one.dtype
+        assert torch.equal(result, one.expand(2, *one.shape))
