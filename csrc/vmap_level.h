@@ -28,6 +28,8 @@ class VmapLevel final : public Level {
 
  private:
   void on_open() override;
+  // For a call without batched arguments; `any_here` if it has arguments of this level.
+  void run_once(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool any_here);
 
   c10::SymInt batch_size_;
   Randomness randomness_;
