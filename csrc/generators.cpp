@@ -37,7 +37,7 @@ uint64_t draw_seed(at::Generator& generator) {
   return at::CPUGeneratorImpl(generator.current_seed() + offset).random64();
 }
 
-Chunks* chunks_of(const BatchCall& call) { return call.level().chunks(); }
+Chunks* chunks_of(const BatchCall& call) { return call.level().chunks().get(); }
 
 c10::ArrayRef<c10::IValue> arguments_of(BatchCall& call) {
   return call.size() == 0 ? c10::ArrayRef<c10::IValue>() : c10::ArrayRef<c10::IValue>(&call.arg(0), call.size());
@@ -84,7 +84,7 @@ void remember_generator(const Level& innermost, c10::ArrayRef<c10::IValue> argum
   std::optional<at::Generator> generator;
   for (const auto* level = &innermost; level != nullptr; level = level->parent()) {
     if (typeid(*level) != typeid(VmapLevel)) continue;
-    auto* chunks = static_cast<const VmapLevel*>(level)->chunks();
+    auto* chunks = static_cast<const VmapLevel*>(level)->chunks().get();
     if (chunks == nullptr) continue;
     if (!generator.has_value()) generator = generator_of(arguments);
     if (generator.has_value()) chunks->remember(*generator);

@@ -28,7 +28,7 @@ class Chunks final : public c10::intrusive_ptr_target {
   int64_t total() const { return total_; }
   int64_t start() const { return start_; }
 
-  // The next chunk begins: rewinds the generators.
+  // The next chunk begins, of this size: rewinds the generators.
   void begin(int64_t size);
   // This generator will be drawn from, perhaps for the first time.
   void remember(const at::Generator& generator);

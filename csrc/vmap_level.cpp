@@ -20,10 +20,6 @@ VmapLevel& current_vmap_level() {
   return static_cast<VmapLevel&>(*level);
 }
 
-void VmapLevel::on_open() {
-  if (chunks_ != nullptr) chunks_->begin(batch_size_.expect_int());
-}
-
 namespace {
 
 // Batched values are to be written into these.

@@ -24,10 +24,9 @@ class VmapLevel final : public Level {
   const c10::SymInt& batch_size() const { return batch_size_; }
   Randomness randomness() const { return randomness_; }
   // Null if the whole batch runs at once.
-  Chunks* chunks() const { return chunks_.get(); }
+  const c10::intrusive_ptr<Chunks>& chunks() const { return chunks_; }
 
  private:
-  void on_open() override;
   // For a call without batched arguments; `any_here` if it has arguments of this level.
   void run_once(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool any_here);
 

@@ -73,6 +73,7 @@ def vmap(
             chunk = [
                 leaf if dim is None else leaf.narrow(dim, start, size) for leaf, dim in zip(leaves, dims, strict=True)
             ]
+            chunks.begin(size)
             outputs.append(_map(func, chunk, spec, dims, size, out_dims, mode, kwargs, chunks))
         return _join_chunks(func, outputs, out_dims)
 
@@ -112,8 +113,19 @@ def map_chunks(
     for chunk in chunks:
         leaves, spec = _tree.flatten(tuple(chunk))
         dims, size = [0] * len(leaves), leaves[0].shape[0]
+        shared.begin(size)
         outputs.append(_map(func, leaves, spec, dims, size, out_dims, _RANDOMNESS[randomness], {}, shared))
     return outputs
+
+
+def map_as(level: _C.VmapLevel, func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
+    """``func`` mapped as ``level`` maps: with its randomness, and as the same chunk of a batch."""
+
+    def mapped(*args: Any) -> Any:
+        leaves, spec, dims, batch_size = _flatten_inputs(func, in_dims, args)
+        return _map(func, leaves, spec, dims, batch_size, 0, level.randomness, {}, level.chunks)
+
+    return mapped
 
 
 def _generators_in_use() -> list[torch.Generator]:

@@ -21,7 +21,6 @@
 #include <ATen/ops/where.h>
 
 #include <algorithm>
-#include <unordered_map>
 
 #include "../fallback.h"
 #include "../generators.h"
@@ -40,19 +39,19 @@ std::optional<at::Generator> given_generator(BatchCall& call) {
 }
 
 c10::SymInt whole_batch(const BatchCall& call) {
-  const auto* chunks = call.level().chunks();
+  const auto* chunks = call.level().chunks().get();
   return chunks != nullptr ? c10::SymInt(chunks->total()) : call.batch_size();
 }
 
 // y[whole batch,*] -> y[B,*]
 at::Tensor part_of(const BatchCall& call, const at::Tensor& y) {
-  const auto* chunks = call.level().chunks();
+  const auto* chunks = call.level().chunks().get();
   return chunks != nullptr ? y.narrow_symint(0, chunks->start(), call.batch_size()) : y;
 }
 
 // x[B,*] -> x[whole batch,*], contiguous; examples of other chunks look like the first of this one.
 at::Tensor in_whole_batch(const BatchCall& call, const at::Tensor& x) {
-  const auto* chunks = call.level().chunks();
+  const auto* chunks = call.level().chunks().get();
   if (chunks == nullptr) return x.contiguous();
   const auto others = [&](const c10::SymInt& count) { return expand_batch(x.select(0, 0), count); };
   const auto end = call.batch_size() + chunks->start();
@@ -344,22 +343,13 @@ void rrelu_rule(BatchCall& call) {
 }
 
 // The operator that returns what this one writes.
-c10::OperatorHandle twin_of(const c10::OperatorName& name) {
-  static const std::unordered_map<std::string, std::string> irregular{
-      {"bernoulli_.float", "bernoulli.p"},
-      {"bernoulli.float_out", "bernoulli.p"},
-      {"normal_", "normal_functional"},
-      {"normal.out", "normal_functional"},
-      {"rrelu_with_noise", "rrelu_with_noise_functional"},
-      {"rrelu_with_noise_", "rrelu_with_noise_functional"},
-  };
-  const auto full = c10::toString(name).substr(std::string("aten::").size());
-  if (const auto found = irregular.find(full); found != irregular.end()) return find_operator(found->second);
-  auto base = name.name;
-  auto overload = name.overload_name;
-  if (base.back() == '_') base.pop_back();
-  if (const auto out = overload.rfind("out"); out != std::string::npos) overload.erase(out > 0 ? out - 1 : 0);
-  return c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), overload.c_str());
+c10::OperatorHandle out_of_place(const c10::OperatorName& name) {
+  const auto in_place = c10::toString(name).substr(std::string("aten::").size());
+  if (in_place == "bernoulli_.float") return find_operator("bernoulli.p");
+  if (in_place == "normal_") return find_operator("normal_functional");
+  if (in_place.rfind("rrelu_with_noise", 0) == 0) return find_operator("rrelu_with_noise_functional");
+  const auto base = name.name.substr(0, name.name.size() - 1);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), name.overload_name.c_str());
 }
 
 bool is_batched_at(const at::Tensor& x, const Level& level) {
@@ -367,49 +357,30 @@ bool is_batched_at(const at::Tensor& x, const Level& level) {
   return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
 }
 
-void write(const c10::OperatorHandle& op, const at::Tensor& target, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(is_batched_at(target, current_vmap_level()) || !is_batched_at(value, current_vmap_level()),
-                    "vmap: ", op.operator_name(), " would write other random numbers for each example into a tensor ",
-                    "that is not batched (shape ", target.sym_sizes(), "): every example needs its own copy. Make the ",
-                    "tensor from a batched one, for example with torch.empty_like(x).");
-  TORCH_CHECK_VALUE(target.sym_sizes() == value.sym_sizes(), "vmap: ", op.operator_name(), " has a result of shape ",
-                    value.sym_sizes(), ", and out= is a tensor of shape ", target.sym_sizes(), ". Pass one that fits.");
-  target.copy_(value);
-}
-
-// In-place forms, and those with out=: computes the twin's results, and writes the last of them into the arguments.
-void random_write(const c10::OperatorHandle& op, Stack& stack) {
+// x, where only its shape counts -> x, filled with random numbers. Draws out of place, so that the numbers do not
+// depend on the layout, and copies the last of the results into the arguments that are written.
+void random_fill(const c10::OperatorHandle& op, Stack& stack) {
   const auto& schema = op.schema();
+  auto& level = current_vmap_level();
   const auto arguments = torch::jit::pop(stack, count_arguments(op));
-  const auto given = [&](const std::string& name) -> const c10::IValue* {
-    const auto position = schema.argumentIndexWithName(name);
-    return position.has_value() ? &arguments[*position] : nullptr;
-  };
-  if (const auto* training = given("training"); training == nullptr || training->toBool()) {
-    check_randomness(op, current_vmap_level());
-  }
-  std::vector<size_t> written;
+  const auto training = schema.argumentIndexWithName("training");
+  if (!training.has_value() || arguments[*training].toBool()) check_randomness(op, level);
+  std::vector<at::Tensor> targets;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
-    if (alias != nullptr && alias->isWrite()) written.push_back(i);
+    if (alias != nullptr && alias->isWrite()) targets.push_back(arguments[i].toTensor());
   }
-  const auto& target = arguments[written.back()].toTensor();
-  const auto twin = twin_of(op.operator_name());
-  Stack results;
-  for (const auto& argument : twin.schema().arguments()) {
-    if (const auto* value = given(argument.name())) {
-      results.push_back(*value);
-    } else if (argument.name() == "dtype") {
-      results.emplace_back(target.scalar_type());
-    } else if (argument.name() == "device") {
-      results.emplace_back(target.device());
-    } else {
-      results.push_back(argument.default_value().value_or(c10::IValue()));
-    }
-  }
-  twin.callBoxed(&results);
-  for (size_t k = 0; k < written.size(); ++k) {
-    write(op, arguments[written[k]].toTensor(), results[results.size() - written.size() + k].toTensor());
+  Stack results = arguments;
+  out_of_place(op.operator_name()).callBoxed(&results);
+  for (size_t k = 0; k < targets.size(); ++k) {
+    const auto& value = results[results.size() - targets.size() + k].toTensor();
+    TORCH_CHECK_VALUE(is_batched_at(targets[k], level) || !is_batched_at(value, level), "vmap: ", op.operator_name(),
+                      " would write other random numbers for each example into a tensor from outside the mapped "
+                      "function (shape ",
+                      targets[k].sym_sizes(),
+                      "): every example needs its own copy. Make the tensor "
+                      "inside, for example with torch.empty_like(x).");
+    targets[k].copy_(value);
   }
   for (size_t r = 0; r < schema.returns().size(); ++r) {
     const auto index = written_argument(schema, r);
@@ -439,22 +410,9 @@ void add_random_rules(RuleTable& rules) {
   rules.add(&native_dropout_rule, {"native_dropout"});
   rules.add(&fused_dropout_rule, {"_fused_dropout"});
   rules.add(&rrelu_rule, {"rrelu_with_noise_functional"});
-  rules.add(&random_write,
+  rules.add(&random_fill,
             {"bernoulli_.float", "bernoulli_.Tensor", "normal_", "uniform_", "random_", "random_.from", "random_.to",
              "exponential_", "geometric_", "cauchy_", "log_normal_", "rrelu_with_noise", "rrelu_with_noise_"});
-  rules.add(&random_write, {"rand.out", "rand.generator_out", "randn.out", "randn.generator_out", "randint.out",
-                            "randint.generator_out", "randint.low_out", "randint.low_generator_out", "randperm.out",
-                            "randperm.generator_out", "multinomial.out", "normal.float_float_out"});
-  rules.add(&random_write,
-            {"rand_like.out", "rand_like.generator_out", "randn_like.out", "randn_like.generator_out",
-             "randint_like.out", "randint_like.generator_out", "randint_like.low_dtype_out",
-             "randint_like.low_generator_dtype_out", "randint_like.Tensor_out", "randint_like.Tensor_generator_out"});
-  rules.add(&random_write, {"uniform.out", "exponential.out", "geometric.out", "cauchy.out", "log_normal.out",
-                            "random.out", "random.from_out", "random.to_out", "normal.out", "bernoulli.float_out"});
-  rules.add(&random_write,
-            {"bernoulli.out", "bernoulli.Tensor_out", "normal.Tensor_float_out", "normal.float_Tensor_out",
-             "normal.Tensor_Tensor_out", "poisson.out", "binomial.out", "_standard_gamma.out", "_sample_dirichlet.out",
-             "native_dropout.out", "_fused_dropout.out"});
 }
 
 }  // namespace functorch_lite
