@@ -80,6 +80,7 @@ void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     return run(op, stack);
   }
   const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (is_random) remember_generator(*this, c10::ArrayRef<c10::IValue>(arguments, n));
   if (!any_batched && !is_random) return run_once(op, stack, any_here);
   if (any_batched || randomness_ == Randomness::kDifferent) make_targets_batched(op, arguments, *this);
   op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);
