@@ -2,11 +2,16 @@
 #include "plain_compositions.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/Reduction.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <limits>
+
+#include "level.h"
 
 namespace functorch_lite {
 namespace {
@@ -78,6 +83,40 @@ void rnn_relu_cell(const c10::OperatorHandle&, Stack& stack) {
   torch::jit::push(stack, (cell.from_input + cell.from_hidden).relu());
 }
 
+at::Tensor tensor_of(const std::vector<int64_t>& numbers) {
+  const Outside no_level_wraps_it;
+  return at::tensor(numbers, c10::kLong);
+}
+
+// ctc_loss by PyTorch's own kernels, to which lengths in tensors are data. Its composition reads them, to choose between
+// those kernels and cuDNN's.
+void plain_ctc_loss(const c10::OperatorHandle& op, Stack& stack) {
+  const auto arguments = torch::jit::pop(stack, count_arguments(op));
+  const auto log_probs = arguments[0].toTensor();
+  const auto lengths = arguments[3];
+  const bool has_batch = log_probs.dim() == 3;
+  const auto kernel = find_operator(lengths.isTensor() ? "_ctc_loss.Tensor" : "_ctc_loss");
+  Stack results{has_batch ? log_probs : log_probs.unsqueeze(1),
+                arguments[1].toTensor().to(log_probs.device(), c10::kLong),
+                arguments[2],
+                lengths,
+                arguments[4],
+                arguments[6]};
+  kernel.callBoxed(&results);
+  auto loss = results[0].toTensor();
+  if (arguments[6].toBool()) loss = at::where(loss == std::numeric_limits<double>::infinity(), 0, loss);
+  switch (arguments[5].toInt()) {
+    case at::Reduction::Mean: {
+      const auto length = lengths.isTensor() ? lengths.toTensor() : tensor_of(lengths.toIntVector());
+      return torch::jit::push(stack, (loss / length.to(loss.device(), loss.scalar_type()).clamp_min(1)).mean());
+    }
+    case at::Reduction::Sum:
+      return torch::jit::push(stack, loss.sum());
+    default:
+      return torch::jit::push(stack, has_batch ? loss : loss.squeeze(0));
+  }
+}
+
 }  // namespace
 
 const std::vector<std::pair<const char*, PlainComposition>>& plain_compositions() {
@@ -87,13 +126,16 @@ const std::vector<std::pair<const char*, PlainComposition>>& plain_compositions(
       {"gru_cell", gru_cell},
       {"rnn_tanh_cell", rnn_tanh_cell},
       {"rnn_relu_cell", rnn_relu_cell},
+      {"ctc_loss.IntList", plain_ctc_loss},
+      {"ctc_loss.Tensor", plain_ctc_loss},
   };
   return rows;
 }
 
-PlainComposition find_plain_composition(const std::string& name) {
+PlainComposition find_plain_composition(const c10::OperatorName& name) {
+  const auto full = c10::toString(name);
   for (const auto& [candidate, composition] : plain_compositions()) {
-    if (name == std::string("aten::") + candidate) return composition;
+    if (full == std::string("aten::") + candidate) return composition;
   }
   return nullptr;
 }

@@ -1,5 +1,5 @@
 // Operators as compositions of plain ones, for levels that need every derivative or batching rule of them. PyTorch's
-// own compositions choose fused kernels, or write in place where one argument is batched and another is not.
+// own compositions choose fused kernels, read data, or write in place where one argument is batched and another is not.
 #pragma once
 
 #include "op_args.h"
@@ -13,7 +13,7 @@ using PlainComposition = void (*)(const c10::OperatorHandle& op, Stack& stack);
 const std::vector<std::pair<const char*, PlainComposition>>& plain_compositions();
 
 // The composition of an operator, or null.
-PlainComposition find_plain_composition(const std::string& name);
+PlainComposition find_plain_composition(const c10::OperatorName& name);
 
 // _fused_sdp_choice: always the plain form.
 void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack);

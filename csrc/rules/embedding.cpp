@@ -1,5 +1,6 @@
 // Tables of vectors looked up by index, alone and in bags.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/gather.h>
@@ -119,16 +120,25 @@ void embedding_renorm_rule(BatchCall& call) {
   call.finish();
 }
 
+// Without num_classes an example has as many classes as its largest index says, and all examples must have the same.
+c10::SymInt common_classes(const at::Tensor& index) {
+  TORCH_CHECK_VALUE(index.sym_numel() > 0,
+                    "vmap: one_hot of an empty tensor does not know the number of classes. Pass num_classes.");
+  const auto largest = at::amax(index.dim() == 1 ? index.unsqueeze(1) : index.flatten(1), 1);
+  const auto n = largest.max().item<int64_t>() + 1;
+  TORCH_CHECK_VALUE((largest == n - 1).all().item<bool>(),
+                    "vmap: one_hot without num_classes has as many classes as the largest index says, and the "
+                    "examples differ in it (the largest of all is ",
+                    n - 1, "). Pass num_classes, the same for all examples.");
+  return n;
+}
+
 // index[B,*] -> y[B,*,n]
 void one_hot_rule(BatchCall& call) {
-  const auto n = call.arg("num_classes").toInt();
-  if (n < 0) {
-    refuse_operator(call.op(),
-                    "Without num_classes the shape of its result depends on the data. Give it the number of classes.");
-  }
   const auto& index = call.to_front(0);
+  const auto n = call.arg("num_classes").toInt() >= 0 ? call.arg("num_classes").toSymInt() : common_classes(index);
   auto sizes = index.sym_sizes().vec();
-  sizes.emplace_back(n);
+  sizes.push_back(n);
   call.set_results(at::zeros_symint(sizes, index.options()).scatter(-1, index.unsqueeze(-1), 1));
   call.finish();
 }
