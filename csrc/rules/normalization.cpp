@@ -103,42 +103,46 @@ void batch_norm_rule(BatchCall& call) {
   call.finish();
 }
 
-// The schemas of these do not say that training writes the running statistics. That of _native_batch_norm_legit does,
-// from which vmap knows that statistics made in the function need a batch.
+// Training writes the running statistics. Only the schema of _native_batch_norm_legit says so, from which vmap knows
+// that statistics made in the function need a batch.
 void batch_norm(const c10::OperatorHandle& op, Stack& stack) {
   static const auto writing = find_operator("_native_batch_norm_legit");
+  static const auto native = find_operator("native_batch_norm");
   const auto& level = current_vmap_level();
   const auto* arguments = stack.data() + stack.size() - count_arguments(op);
-  const auto tensor_at = [&](std::string_view name) {
-    return arguments[position_of(op.schema(), name)].toOptional<at::Tensor>().value_or(at::Tensor());
+  const auto argument = [&](std::string_view name) { return arguments[position_of(op.schema(), name)]; };
+  const auto is_given = [&](std::string_view name) {
+    return argument(name).isTensor() && argument(name).toTensor().defined();
   };
   const auto wrapper_of = [&](std::string_view name) -> const Wrapper* {
-    const auto x = tensor_at(name);
-    return x.defined() ? wrapper_at(x, &level) : nullptr;
+    return is_given(name) ? wrapper_at(argument(name).toTensor(), &level) : nullptr;
   };
   const auto has_batch = [&](std::string_view name) {
     const auto* wrapper = wrapper_of(name);
     return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
   };
-  const bool writes = arguments[position_of(op.schema(), "training")].toBool() && tensor_at("running_mean").defined() &&
-                      tensor_at("running_var").defined();
-  if (!writes || !(has_batch("input") || has_batch("running_mean") || has_batch("running_var"))) {
-    BatchCall call(op, stack);
-    return batch_norm_rule(call);
+  const bool writes = argument("training").toBool() && is_given("running_mean") && is_given("running_var");
+  const bool batched = has_batch("input") || has_batch("running_mean") || has_batch("running_var");
+  if (writes && batched && !(has_batch("running_mean") && has_batch("running_var"))) {
+    TORCH_CHECK_VALUE(wrapper_of("running_mean") != nullptr && wrapper_of("running_var") != nullptr,
+                      "vmap: batch norm in training mode writes its running statistics, and every example has others, "
+                      "but running_mean and running_var are not batched. Use "
+                      "functorch_lite.replace_all_batch_norm_modules_(model) to keep none, call model.eval() to use "
+                      "them as they are, or map over them too (functorch_lite.stack_module_state).");
+    return writing.callBoxed(&stack);
   }
-  TORCH_CHECK_VALUE(wrapper_of("running_mean") != nullptr && wrapper_of("running_var") != nullptr,
-                    "vmap: batch norm in training mode writes its running statistics, and every example has others, "
-                    "but running_mean and running_var are not batched. Use "
-                    "functorch_lite.replace_all_batch_norm_modules_(model) to keep none, call model.eval() to use them "
-                    "as they are, or map over them too (functorch_lite.stack_module_state).");
-  writing.callBoxed(&stack);
+  BatchCall call(native, stack);
+  batch_norm_rule(call);
 }
 
-// The same, and an empty workspace.
-void cudnn_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
-  batch_norm(op, stack);
+void push_workspace(Stack& stack) {
   const auto y = stack[stack.size() - 3].toTensor();
   stack.emplace_back(at::empty({0}, y.options().dtype(c10::kByte)));
+}
+
+void cudnn_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
+  batch_norm(op, stack);
+  push_workspace(stack);
 }
 
 // The gradients of weight[B?,c] are those of B*c channels: sums over one example each.
@@ -171,16 +175,17 @@ void cudnn_batch_norm_backward_rule(BatchCall& call) {
   run_batch_norm_backward(call, "grad_output", "save_var", /*train=*/true, call.arg("epsilon"), everything);
 }
 
-// The variants with fewer arguments, as the full one.
+// The variants with fewer arguments, as the full one. Those that write are for training.
 void full_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
   static const auto native = find_operator("native_batch_norm");
   const auto given = torch::jit::pop(stack, count_arguments(op));
   for (const auto& argument : native.schema().arguments()) {
     const auto index = op.schema().argumentIndexWithName(argument.name());
-    const auto missing = argument.name() == "training" ? c10::IValue(false) : c10::IValue();
+    const auto missing = argument.name() == "training" ? c10::IValue(op.schema().is_mutable()) : c10::IValue();
     stack.push_back(index.has_value() ? given[*index] : missing);
   }
   native.callBoxed(&stack);
+  if (op.schema().returns().size() > 3) push_workspace(stack);
 }
 
 // --- Layer norm ---
@@ -331,13 +336,12 @@ void group_norm_backward_rule(BatchCall& call) {
 
 void add_normalization_rules(RuleTable& rules) {
   // cuDNN's and MIOpen's forms run the native one: the saved statistics are the same.
-  rules.add(&batch_norm, {"native_batch_norm", "miopen_batch_norm"});
+  rules.add(&batch_norm, {"native_batch_norm", "_native_batch_norm_legit", "miopen_batch_norm"});
   rules.add(&cudnn_batch_norm, {"cudnn_batch_norm"});
-  rules.add(&batch_norm_rule, {"_native_batch_norm_legit"});
   rules.add(&batch_norm_backward_rule, {"native_batch_norm_backward"});
   rules.add(&cudnn_batch_norm_backward_rule, {"cudnn_batch_norm_backward", "miopen_batch_norm_backward"});
-  rules.add(&full_batch_norm,
-            {"_native_batch_norm_legit.no_stats", "_native_batch_norm_legit_no_training"});
+  rules.add(&full_batch_norm, {"_native_batch_norm_legit.no_stats", "_native_batch_norm_legit_no_training",
+                               "_batch_norm_with_update", "_batch_norm_no_update"});
   rules.add(&layer_norm_rule, {"native_layer_norm"});
   rules.add(&layer_norm_backward_rule, {"native_layer_norm_backward"});
   rules.add(&group_norm_rule, {"native_group_norm"});

@@ -33,8 +33,7 @@ REFUSED = {
     "bincount": _DATA_DEPENDENT_SHAPE,
     "nonzero": _DATA_DEPENDENT_SHAPE,
     "argwhere": _DATA_DEPENDENT_SHAPE,
-    "nn.functional.one_hot": _DATA_DEPENDENT_SHAPE,
-    "nn.functional.ctc_loss": "the size of its workspace depends on the lengths, which are data",
+    "nn.functional.one_hot": "the largest index is the number of classes, and an empty batch has none",
     "nn.functional.gaussian_nll_loss": "it checks with a Python `if` that the variance is not negative",
     "native_batch_norm": _STATISTICS,
     "_native_batch_norm_legit": _STATISTICS,
@@ -48,21 +47,16 @@ REFUSED = {
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
 }
 
-_SCALAR_LOGITS = "a scalar in the place of a row of logits raises PyTorch's error about its dimensions"
 _EMPTY_BATCH = "the kernel refuses an empty batch"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
-    "nn.functional.multi_margin_loss": _SCALAR_LOGITS,
-    "nn.functional.multilabel_margin_loss": _SCALAR_LOGITS,
     "_chunk_cat": _EMPTY_BATCH,
     "_segment_reduce.lengths": _EMPTY_BATCH,
 }
 
 #: Operators that run once for each example, with the warning. A new release of PyTorch shows its new ones here.
 LOOPING = {
-    "nn.functional.linear_cross_entropy.chunked",
-    "nn.functional.linear_cross_entropy.chunked_none",
     "histogram",
     "histogramdd",
     "histc",
