@@ -11,6 +11,7 @@
 
 #include "batch_call.h"
 #include "keys.h"
+#include "out_forms.h"
 
 namespace functorch_lite {
 namespace {
@@ -113,6 +114,7 @@ void loop(const c10::OperatorHandle& op, Stack& stack) {
 }
 
 void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  if (try_out_form(op, *stack)) return;
   constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, *stack);
   if (op.hasTag(at::Tag::dynamic_output_shape)) {
@@ -120,11 +122,7 @@ void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* sta
                     "The shape of its result depends on the data, so it would differ between examples. Use an "
                     "operation of fixed shape, for example torch.where, or call it outside vmap.");
   }
-  if (op.hasTag(at::Tag::data_dependent_output)) {
-    refuse_operator(op,
-                    "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and "
-                    "each example has another value. Use torch.where in place of `if`, and keep values in tensors.");
-  }
+  if (op.hasTag(at::Tag::data_dependent_output)) refuse_python_value(op);
   if (op.hasTag(at::Tag::inplace_view)) {
     refuse_operator(op,
                     "It gives a tensor another shape in place. Use the out-of-place form, for example "
@@ -152,6 +150,12 @@ void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {
   const auto where = python_hooks().user_location();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "vmap: ", op.operator_name(), " cannot run on batched values",
                               where.empty() ? "" : " (at " + where + ")", ". ", advice);
+}
+
+void refuse_python_value(const c10::OperatorHandle& op) {
+  refuse_operator(op,
+                  "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each "
+                  "example has another value. Use torch.where in place of `if`, and keep values in tensors.");
 }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {

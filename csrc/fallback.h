@@ -10,10 +10,13 @@ class VmapLevel;
 // Raises: vmap cannot run `op` on batched values.
 [[noreturn]] void refuse_operator(const c10::OperatorHandle& op, const std::string& advice);
 
+// Raises: the examples have other values, and Python wants one.
+[[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
+
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 
-// What the Python side provides. Both are set once, at import.
+// What the Python side provides, set once, at import.
 struct PythonHooks {
   // Registers a decomposition of the operator as its batching rule, if PyTorch has one.
   bool (*install_decomposition)(const c10::OperatorName& name) = nullptr;
@@ -21,6 +24,8 @@ struct PythonHooks {
   void (*warn_loop)(const c10::OperatorName& name) = nullptr;
   // "file.py:12", the innermost line of the user's program, or an empty string.
   std::string (*user_location)() = nullptr;
+  // What the user's program calls this tensor, "weight" or "self.weight", or an empty string.
+  std::string (*name_of_tensor)(const at::Tensor& tensor) = nullptr;
 };
 PythonHooks& python_hooks();
 

@@ -6,6 +6,9 @@ of logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,3 +73,10 @@ def _wide(
         return None if tensor is None else tensor.to(dtype)
 
     return F.linear(x.to(dtype), linear_weight.to(dtype), widened(linear_bias)), widened(class_weight)
+
+
+#: By name of the operator.
+COMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "torch_nn::_linear_cross_entropy_batch_chunked": with_gradients,
+    "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction": without_reduction,
+}

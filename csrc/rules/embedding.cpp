@@ -6,6 +6,7 @@
 #include <ATen/ops/gather.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/one_hot.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scatter.h>
 #include <ATen/ops/stack.h>
@@ -120,26 +121,24 @@ void embedding_renorm_rule(BatchCall& call) {
   call.finish();
 }
 
-// Without num_classes an example has as many classes as its largest index says, and all examples must have the same.
-c10::SymInt common_classes(const at::Tensor& index) {
+// index[B,*] -> y[B,*,n]. Without num_classes n is what the largest index says, which must be so in every example.
+void one_hot_rule(BatchCall& call) {
+  const auto& index = call.to_front(0);
+  if (call.arg("num_classes").toInt() >= 0) {
+    auto sizes = index.sym_sizes().vec();
+    sizes.push_back(call.arg("num_classes").toSymInt());
+    call.set_results(at::zeros_symint(sizes, index.options()).scatter(-1, index.unsqueeze(-1), 1));
+    return call.finish();
+  }
   TORCH_CHECK_VALUE(index.sym_numel() > 0,
                     "vmap: one_hot of an empty tensor does not know the number of classes. Pass num_classes.");
-  const auto largest = at::amax(index.dim() == 1 ? index.unsqueeze(1) : index.flatten(1), 1);
-  const auto n = largest.max().item<int64_t>() + 1;
-  TORCH_CHECK_VALUE((largest == n - 1).all().item<bool>(),
+  const auto y = at::one_hot(index);
+  const auto n = y.sym_size(-1);
+  TORCH_CHECK_VALUE((at::amax(flatten_examples(index), 1) == n - 1).all().item<bool>(),
                     "vmap: one_hot without num_classes has as many classes as the largest index says, and the "
                     "examples differ in it (the largest of all is ",
                     n - 1, "). Pass num_classes, the same for all examples.");
-  return n;
-}
-
-// index[B,*] -> y[B,*,n]
-void one_hot_rule(BatchCall& call) {
-  const auto& index = call.to_front(0);
-  const auto n = call.arg("num_classes").toInt() >= 0 ? call.arg("num_classes").toSymInt() : common_classes(index);
-  auto sizes = index.sym_sizes().vec();
-  sizes.push_back(n);
-  call.set_results(at::zeros_symint(sizes, index.options()).scatter(-1, index.unsqueeze(-1), 1));
+  call.set_results(y);
   call.finish();
 }
 
