@@ -88,8 +88,8 @@ at::Tensor tensor_of(const std::vector<int64_t>& numbers) {
   return at::tensor(numbers, c10::kLong);
 }
 
-// ctc_loss by PyTorch's own kernels, to which lengths in tensors are data. Its composition reads them, to choose between
-// those kernels and cuDNN's.
+// ctc_loss by PyTorch's own kernels, to which lengths in tensors are data. Its composition reads them, to choose
+// between those kernels and cuDNN's.
 void plain_ctc_loss(const c10::OperatorHandle& op, Stack& stack) {
   const auto arguments = torch::jit::pop(stack, count_arguments(op));
   const auto log_probs = arguments[0].toTensor();

@@ -34,7 +34,7 @@ def with_gradients(
     if reduction == "mean":
         scale = scale / scale.sum()
     by_logits = (logits.softmax(-1) - F.one_hot(classes, logits.shape[-1])) * scale.unsqueeze(-1)
-    gradients = (
+    gradients: tuple[Callable[[], Tensor], ...] = (
         lambda: by_logits @ linear_weight.to(logits.dtype),
         lambda: by_logits.mT @ x.to(logits.dtype),
         lambda: by_logits.sum(0),

@@ -1,4 +1,5 @@
 // Tables of vectors looked up by index, alone and in bags.
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/arange.h>
@@ -218,6 +219,8 @@ void embedding_bag_rule(BatchCall& call) {
   if (call.arg("include_last_offset").toBool()) bags_count = bags_count - 1;
   const Bags bags(call, bags_count);
   auto rows = look_up(call, 0, bags.index);
+  const auto dtype = rows.scalar_type();
+  rows = rows.to(at::toOpMathType(dtype));  // sums are rounded once
   const auto scales = call.position("per_sample_weights");
   if (call.is_tensor(scales)) rows = rows * call.expand_to_front(scales).unsqueeze(-1);
   const auto mode = call.arg("mode").toInt();
@@ -229,7 +232,8 @@ void embedding_bag_rule(BatchCall& call) {
     y = bags.sum(rows);
     if (mode == kMean) y = y / bags.size.clamp_min(1).unsqueeze(-1);
   }
-  call.set_results(y, bags.bag.to(bags.index.scalar_type()), bags.size.to(bags.index.scalar_type()), max_indices);
+  call.set_results(y.to(dtype), bags.bag.to(bags.index.scalar_type()), bags.size.to(bags.index.scalar_type()),
+                   max_indices);
   call.finish();
 }
 

@@ -1,4 +1,5 @@
 // Normalisation: over the examples of a training batch, over layers, over groups of channels.
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/native_group_norm_backward.h>
@@ -276,12 +277,17 @@ void group_norm_rule(BatchCall& call) {
   if (finish_without_examples(call)) return;
   const auto rank = call.rank(0);
   const bool batched = call.is_batched(0);
+  const auto dtype = call.tensor(0).scalar_type();
+  auto statistics_dtype = std::optional<c10::ScalarType>();
   at::Tensor weight, bias;
   if (is_batched(call, "weight") || is_batched(call, "bias")) {
     weight = optional_tensor(call, "weight");
     bias = optional_tensor(call, "bias");
     call.arg("weight") = c10::IValue();
     call.arg("bias") = c10::IValue();
+    // As the kernel does it, scaled before it is rounded.
+    statistics_dtype = (weight.defined() ? weight : bias).scalar_type();
+    call.arg("input") = call.tensor(0).to(at::toOpMathType(dtype));
   }
   if (batched) {
     call.arg("input") = fold_images(call, "input");
@@ -292,8 +298,9 @@ void group_norm_rule(BatchCall& call) {
     const auto& result = call.result(i).toTensor();
     if (batched) call.result(i) = unfold_batch(result, 0, call.batch_size());
     if (!batched && i > 0) call.result(i) = expand_batch(result, call.batch_size());
+    if (statistics_dtype && i > 0) call.result(i) = call.result(i).toTensor().to(*statistics_dtype);
   }
-  call.result(0) = scale_channels(call.result(0).toTensor(), weight, bias, rank);
+  call.result(0) = scale_channels(call.result(0).toTensor(), weight, bias, rank).to(dtype);
   call.finish();
 }
 
