@@ -63,7 +63,6 @@ REFUSED = {
     "nn.functional.dropout2d (jvp)": _MASK,
     "nn.functional.multi_head_attention_forward": _MASK,
     "nn.functional.rrelu": _MASK,
-    "nn.functional.cosine_similarity (jvp)": "the formula writes batched values into a tensor that is not batched",
 }
 
 _EMPTY_BATCH = "the kernel refuses an empty batch"
