@@ -12,6 +12,7 @@
 
 #include "batch_call.h"
 #include "keys.h"
+#include "out_forms.h"
 
 namespace functorch_lite {
 namespace {
@@ -122,13 +123,10 @@ void loop(const c10::OperatorHandle& op, Stack& stack) {
 }
 
 void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  if (try_out_form(op, *stack)) return;
   constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, *stack);
-  if (op.hasTag(at::Tag::data_dependent_output)) {
-    refuse_operator(op,
-                    "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and "
-                    "each example has another value. Use torch.where in place of `if`, and keep values in tensors.");
-  }
+  if (op.hasTag(at::Tag::data_dependent_output)) refuse_python_value(op);
   if (op.hasTag(at::Tag::inplace_view)) {
     refuse_operator(op,
                     "It gives a tensor another shape in place. Use the out-of-place form, for example "
@@ -171,6 +169,12 @@ int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes) {
                                         "for example torch.where, or call it outside vmap."));
   }
   return smallest;
+}
+
+void refuse_python_value(const c10::OperatorHandle& op) {
+  refuse_operator(op,
+                  "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each "
+                  "example has another value. Use torch.where in place of `if`, and keep values in tensors.");
 }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {

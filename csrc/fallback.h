@@ -15,10 +15,13 @@ class VmapLevel;
 // no examples.
 int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes);
 
+// Raises: the examples have other values, and Python wants one.
+[[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
+
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 
-// What the Python side provides. Both are set once, at import.
+// What the Python side provides, set once, at import.
 struct PythonHooks {
   // Registers a decomposition of the operator as its batching rule, if PyTorch has one.
   bool (*install_decomposition)(const c10::OperatorName& name) = nullptr;
@@ -26,6 +29,8 @@ struct PythonHooks {
   void (*warn_loop)(const c10::OperatorName& name) = nullptr;
   // "file.py:12", the innermost line of the user's program, or an empty string.
   std::string (*user_location)() = nullptr;
+  // What the user's program calls this tensor, "weight" or "self.weight", or an empty string.
+  std::string (*name_of_tensor)(const at::Tensor& tensor) = nullptr;
 };
 PythonHooks& python_hooks();
 

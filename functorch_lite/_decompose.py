@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-
-# One for each namespace that had a decomposition installed; they keep the registrations alive.
-_libraries: dict[str, torch.library.Library] = {}
+from functorch_lite import _rules
 
 
 def install_decomposition(name: str, overload: str) -> bool:
     """Register PyTorch's decomposition of ``name.overload`` as its batching rule; False if there is none."""
     from torch._decomp import decomposition_table  # costs a second: only when an operator needs it
 
-    namespace, operator = name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), operator)
-    decomposition = decomposition_table.get(getattr(packet, overload or "default"))
+    full_name = f"{name}.{overload}" if overload else name
+    op = _rules.find_operator(full_name)
+    decomposition = decomposition_table.get(op) if op is not None else None
     if decomposition is None:
         return False
-    if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
-    full_name = f"{operator}.{overload}" if overload else operator
-    _libraries[namespace].impl(full_name, decomposition, "TESTING_ONLY_GenericWrapper")
+    _rules.install(full_name, decomposition)
     return True
