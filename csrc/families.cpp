@@ -272,9 +272,11 @@ Family shaped(std::string size, std::vector<std::string> dims) {
 }
 
 Family forbid(const char* advice) {
-  return {"forbid", [advice](const c10::FunctionSchema&) -> Rule {
+  return {"forbid",
+          [advice](const c10::FunctionSchema&) -> Rule {
             return [advice](BatchCall& call) { refuse_operator(call.op(), advice); };
-          }};
+          },
+          advice};
 }
 
 int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }

@@ -52,9 +52,23 @@ def level_depth() -> int: ...
 def describe(tensor: torch.Tensor) -> tuple[str, int, bool, int | None, torch.Tensor] | None: ...
 def is_wrapper(tensor: torch.Tensor) -> bool: ...
 def batching_rules() -> list[tuple[str, str]]: ...
+
+class Handling:
+    one_level_down: Handling
+    rule: Handling
+    composition: Handling
+    primitive: Handling
+    refusal: Handling
+    decomposition: Handling
+    loop: Handling
+    @property
+    def name(self) -> str: ...
+
+def plan(name: str, overload: str) -> tuple[Handling, str, str]: ...
 def unknown_operators() -> list[str]: ...
 def set_python_side(
-    install_decomposition: Callable[[str, str], bool],
+    has_decomposition: Callable[[str, str], bool],
+    install_decomposition: Callable[[str, str], None],
     warn_loop: Callable[[str], None],
     user_location: Callable[[], str],
     escaped_tensor_error: type[Exception],

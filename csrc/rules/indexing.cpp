@@ -362,7 +362,7 @@ struct ScatterView {
 
 void add_indexing_rules(RuleTable& rules) {
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
-  rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
+  rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl", "_index_put_impl_", "_unsafe_index_put"});
   rules.add(expanded_along({"dim"}),
             {"gather", "scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
              "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",

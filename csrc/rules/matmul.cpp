@@ -13,7 +13,16 @@ namespace functorch_lite {
 namespace {
 
 // a[B?,m,k], b[B?,k,n] -> c[B,m,n]
-at::Tensor product(BatchCall& call, size_t a, size_t b) { return at::matmul(call.to_front(a), call.to_front(b)); }
+at::Tensor product(BatchCall& call, size_t a, size_t b) {
+  const auto& x = call.to_front(a);
+  const auto& y = call.to_front(b);
+  // A sparse matrix meets the columns of all examples at once, for it has no product with a stack of matrices.
+  if (x.layout() != c10::kStrided && call.is_batched(b) && y.dim() == 3) {
+    const auto columns = y.permute({1, 0, 2}).reshape_symint({y.sym_size(1), y.sym_size(0) * y.sym_size(2)});
+    return at::matmul(x, columns).reshape_symint({x.sym_size(0), y.sym_size(0), y.sym_size(2)}).permute({1, 0, 2});
+  }
+  return at::matmul(x, y);
+}
 
 // a[B?,m,k], v[B?,k] -> y[B,m]
 at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
@@ -124,7 +133,7 @@ void add_matmul_rules(RuleTable& rules) {
   rules.add(&mv_rule, {"mv"});
   rules.add(&dot_rule, {"dot"});
   rules.add(&vdot_rule, {"vdot"});
-  rules.add(&addmm_rule, {"addmm", "addmm_"});
+  rules.add(&addmm_rule, {"addmm", "addmm_", "_sparse_addmm"});
   rules.add(&baddbmm_rule, {"baddbmm", "baddbmm_"});
   rules.add(&addbmm_rule, {"addbmm", "addbmm_"});
   rules.add(&addmv_rule, {"addmv", "addmv_"});

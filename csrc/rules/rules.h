@@ -20,5 +20,6 @@ void add_loss_rules(RuleTable& rules);
 void add_embedding_rules(RuleTable& rules);
 void add_linalg_rules(RuleTable& rules);
 void add_attention_rules(RuleTable& rules);
+void add_remaining_rules(RuleTable& rules);
 
 }  // namespace functorch_lite

@@ -229,7 +229,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&in_place_view,
             {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"});
   rules.add(&cat_rule, {"cat"});
-  rules.add(&stack_rule, {"stack"});
+  rules.add(&stack_rule, {"stack", "_stack"});
   rules.add(front(), {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_",
                       "triu_", "view_as_real", "view_as_complex", "view.dtype", "requires_grad_"});
   rules.add(along({"dim"}),
