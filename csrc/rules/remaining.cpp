@@ -384,7 +384,7 @@ void add_remaining_rules(RuleTable& rules) {
   rules.add(&fake_quantize_tensor_rule,
             {"_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fake_quantize_learnable_per_tensor_affine",
              "_fake_quantize_learnable_per_tensor_affine_backward"});
-  rules.add(pointwise(), {"_add_relu.Scalar", "_add_relu.Tensor", "_add_relu_.Scalar", "_add_relu_.Tensor",
+  rules.add(pointwise(), {"_coalesce", "_to_dense", "_add_relu.Scalar", "_add_relu.Tensor", "_add_relu_.Scalar", "_add_relu_.Tensor",
                           "_fw_primal_copy", "_lazy_clone", "_pin_memory", "detach_copy", "dequantize.self",
                           "fake_quantize_per_tensor_affine_cachemask", "int_repr", "quantize_per_tensor"});
   rules.add(front(),
@@ -427,7 +427,7 @@ void add_remaining_rules(RuleTable& rules) {
                                  "quantized_max_pool1d",
                                  "quantized_max_pool2d",
                                  "quantized_max_pool3d"});
-  rules.add(forbid(kSparse), {"_coalesce",
+  rules.add(forbid(kSparse), {
                               "_coalesced",
                               "_coalesced_",
                               "_dimI",
@@ -452,7 +452,6 @@ void add_remaining_rules(RuleTable& rules) {
                               "_sparse_sum.dim",
                               "_sparse_sum_backward",
                               "_spdiags",
-                              "_to_dense",
                               "_to_sparse_semi_structured",
                               "_validate_compressed_sparse_indices",
                               "_values",

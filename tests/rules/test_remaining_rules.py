@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from functorch_lite import LoopFallbackWarning, _C, grad, jvp, vmap
+from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
 from tests.support.ops import batch
 from tests.support.oracles import loop_vmap
 
