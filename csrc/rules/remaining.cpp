@@ -384,9 +384,10 @@ void add_remaining_rules(RuleTable& rules) {
   rules.add(&fake_quantize_tensor_rule,
             {"_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fake_quantize_learnable_per_tensor_affine",
              "_fake_quantize_learnable_per_tensor_affine_backward"});
-  rules.add(pointwise(), {"_coalesce", "_to_dense", "_add_relu.Scalar", "_add_relu.Tensor", "_add_relu_.Scalar", "_add_relu_.Tensor",
-                          "_fw_primal_copy", "_lazy_clone", "_pin_memory", "detach_copy", "dequantize.self",
-                          "fake_quantize_per_tensor_affine_cachemask", "int_repr", "quantize_per_tensor"});
+  rules.add(pointwise(),
+            {"_coalesce", "_to_dense", "_add_relu.Scalar", "_add_relu.Tensor", "_add_relu_.Scalar", "_add_relu_.Tensor",
+             "_fw_primal_copy", "_lazy_clone", "_pin_memory", "detach_copy", "dequantize.self",
+             "fake_quantize_per_tensor_affine_cachemask", "int_repr", "quantize_per_tensor"});
   rules.add(front(),
             {"_functional_assert_scalar", "_functional_sym_constrain_range", "_functional_sym_constrain_range_for_size",
              "_has_same_storage_numel", "is_pinned", "is_set_to", "record_stream", "view_as_complex_copy"});
@@ -427,8 +428,7 @@ void add_remaining_rules(RuleTable& rules) {
                                  "quantized_max_pool1d",
                                  "quantized_max_pool2d",
                                  "quantized_max_pool3d"});
-  rules.add(forbid(kSparse), {
-                              "_coalesced",
+  rules.add(forbid(kSparse), {"_coalesced",
                               "_coalesced_",
                               "_dimI",
                               "_dimV",

@@ -196,7 +196,11 @@ LOOPING_ATEN = {
         "histogram.bins_tensor",
     ],
     "whole-tensor operators of which the kernel knows no dimension": ["hash_tensor", "nonzero_static"],
-    "steps of operators that have a rule, or of functionalization": ["_cummax_helper", "_cummin_helper", "slice_inverse"],
+    "steps of operators that have a rule, or of functionalization": [
+        "_cummax_helper",
+        "_cummin_helper",
+        "slice_inverse",
+    ],
     "they exist for PyTorch's own tests": [
         "_foobar",
         "_test_autograd_multiple_dispatch.fullcoverage",
