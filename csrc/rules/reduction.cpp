@@ -99,11 +99,11 @@ void add_reduction_rules(RuleTable& rules) {
   rules.add(reduce_all("nanmedian.dim"), {"nanmedian"});
   rules.add(reduce_all("count_nonzero.dim_IntList"), {"count_nonzero"});
   rules.add(reduce_all("norm.ScalarOpt_dim"), {"norm.Scalar"});
-  rules.add(along({"dim"}),
-            {"max.dim",      "min.dim",     "median.dim",      "nanmedian.dim", "mode",         "kthvalue",
-             "sort",         "sort.stable", "argsort.stable",  "topk",          "cumsum",       "cumsum_",
-             "cumprod",      "cumprod_",    "cummax",          "cummin",        "logcumsumexp", "_softmax",
-             "_log_softmax", "softmax.int", "log_softmax.int", "_safe_softmax", "glu"});
+  rules.add(along({"dim"}), {"max.dim",         "min.dim",      "median.dim",  "nanmedian.dim",  "mode",
+                             "kthvalue",        "sort",         "sort.stable", "argsort.stable", "topk",
+                             "cumsum",          "cumsum_",      "cumprod",     "cumprod_",       "cummax",
+                             "cummin",          "logcumsumexp", "_softmax",    "_log_softmax",   "softmax.int",
+                             "log_softmax.int", "glu"});
   rules.add(expanded_along({"dim"}), {"_softmax_backward_data", "_log_softmax_backward_data", "glu_backward"});
 }
 

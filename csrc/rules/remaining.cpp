@@ -8,11 +8,8 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/cumsum.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/result_type.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/tensordot.h>
 #include <ATen/ops/triu_indices.h>
@@ -186,53 +183,12 @@ void masked_softmax_rule(BatchCall& call) {
   call.finish();
 }
 
-// grad[B?,*], mask[B?,*], sizes s -> grad_source[B,s]: the k-th element of the source went under the k-th true of the
-// mask.
-void masked_scatter_backward_rule(BatchCall& call) {
-  const auto rank = std::max(call.rank(0), call.rank(1));
-  const auto grad = call.expand_to_front(0, rank);
-  const auto mask = flatten_examples(call.expand_to_front(1, rank).expand_as(grad));
-  auto sizes = call.arg("sizes").toSymIntVector();
-  c10::SymInt n = 1;
-  for (const auto& size : sizes) n = n * size;
-  // What is not under the mask goes behind the end.
-  const auto nth = at::where(mask, at::cumsum(mask, 1) - 1, n).clamp_max(n);
-  const auto zeros = at::zeros_symint({call.batch_size(), n + 1}, grad.options());
-  sizes.insert(sizes.begin(), call.batch_size());
-  call.set_results(zeros.scatter_add(1, nth, flatten_examples(grad)).narrow_symint(1, 0, n).reshape_symint(sizes));
-  call.finish();
-}
-
-// boundaries[*,n] and a number -> its positions, of shape []
-void searchsorted_number(const c10::OperatorHandle& op, Stack& stack) {
-  const Arguments args(op, stack);
-  const auto boundaries = args.tensor("sorted_sequence");
-  const auto number = args["self"].toScalar();
-  const auto dtype = at::result_type(boundaries, number);
-  const auto side = args["side"].toOptional<std::string>();
-  stack.emplace_back(
-      at::searchsorted(boundaries.to(dtype), at::scalar_tensor(number, boundaries.options().dtype(dtype)),
-                       args["out_int32"].toBool(), args["right"].toBool(), side, args.optional("sorter")));
-}
-
 // rows[nnz], in order, of a matrix with n rows -> where each row starts, [n+1]
 void rows_to_starts(const c10::OperatorHandle& op, Stack& stack) {
   const Arguments args(op, stack);
   const auto rows = args.tensor("self");
   const auto numbers = at::arange(args["size"].toInt() + 1, rows.options());
   stack.emplace_back(at::searchsorted(rows, numbers, args["out_int32"].toBool()));
-}
-
-// x[T,N,*] or x[N,T,*], lengths[N] -> data[sum of lengths,*], how many are left at each step
-void pack_sequence_rule(BatchCall& call) {
-  if (call.is_batched(1)) {
-    refuse_operator(call.op(), "Lengths that differ between examples give packed sequences of other shapes.");
-  }
-  const auto last = call.rank(0);
-  call.arg(0) = move_dim(call.tensor(0), call.bdim(0), last);
-  call.call();
-  call.result(0) = move_dim(call.result(0).toTensor(), call.result(0).toTensor().dim() - 1, 0);
-  call.finish_each({0, kNoBatchDim});
 }
 
 // --- Assertions ---
@@ -371,10 +327,7 @@ void add_remaining_rules(RuleTable& rules) {
   rules.add(&pdist_backward, {"_pdist_backward"});
   rules.add(&weight_norm_backward, {"_weight_norm_interface_backward"});
   rules.add(&masked_softmax_rule, {"_masked_softmax"});
-  rules.add(&masked_scatter_backward_rule, {"masked_scatter_backward"});
-  rules.add(&searchsorted_number, {"searchsorted.Scalar"});
   rules.add(&rows_to_starts, {"_convert_indices_from_coo_to_csr"});
-  rules.add(&pack_sequence_rule, {"_pack_padded_sequence"});
   rules.add(&assert_rule, {"_assert_async", "_assert_async.msg", "_functional_assert_async.msg"});
   rules.add(&assert_metadata, {"_assert_tensor_metadata"});
   rules.add(&reshape_copy, {"_reshape_alias_copy"});
@@ -393,10 +346,7 @@ void add_remaining_rules(RuleTable& rules) {
              "_has_same_storage_numel", "is_pinned", "is_set_to", "record_stream", "view_as_complex_copy"});
   rules.add(along({"dim"}), {"_aminmax.dim", "_logcumsumexp"});
   rules.add(expanded_along({"dim"}), {"_masked_softmax_backward", "glu_backward_jvp"});
-  rules.add(reduce("dim"), {"linalg__powsum"});
   rules.add(reduce_all("_aminmax.dim"), {"_aminmax"});
-  rules.add(reduce_all("all.dim"), {"_is_all_true"});
-  rules.add(reduce_all("any.dim"), {"_is_any_true"});
 
   rules.add(forbid("Tangents belong to jvp. Use functorch_lite.jvp."), {"_make_dual", "_make_dual_copy"});
   rules.add(forbid(kMemory), {"_resize_output", "_resize_output_", "resize", "set", "set.source_Storage",
@@ -498,8 +448,6 @@ void add_remaining_rules(RuleTable& rules) {
                               "_nested_get_values_copy",
                               "_nested_select_backward",
                               "_nested_sum_backward",
-                              "_nested_tensor_from_mask",
-                              "_nested_tensor_from_mask_left_aligned",
                               "_nested_tensor_from_tensor_list",
                               "_nested_tensor_size",
                               "_nested_tensor_softmax_with_shape",

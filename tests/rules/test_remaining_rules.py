@@ -197,35 +197,8 @@ def test_masked_softmax():
     check(lambda g, y, mask: aten._masked_softmax_backward(g, y, mask, 1), [g, y, mask])
 
 
-def test_masked_scatter_backward():
-    mask = torch.tensor([[True, False, True], [False, True, True]])
-    check(lambda g, m: aten.masked_scatter_backward(g, m, [5]), [rand(2, 3), mask])
-    check(lambda g, m: aten.masked_scatter_backward(g, m, [2, 2]), [rand(2, 3), mask[0]])
-
-    def f(source):
-        return (torch.zeros(2, 3, dtype=source.dtype).masked_scatter(mask, source) ** 2).sum()
-
-    sources = batch(rand(5), 0)
-    torch.testing.assert_close(vmap(grad(f))(sources), 2 * sources * torch.tensor([1, 1, 1, 1, 0]))
-
-
-def test_searchsorted_for_a_number():
-    for number in (0.5, 2, -1):
-        check(lambda x, n=number: torch.searchsorted(x.sort().values, n, right=True), [rand(5)])
-        check(lambda x, n=number: torch.searchsorted(x.sort().values, n), [ints(4, 5)])
-    assert vmap(lambda x: torch.searchsorted(x, 2.5))(torch.tensor([[1, 2, 3], [3, 4, 5]])).tolist() == [2, 0]
-
-
 def test_row_indices_to_starts():
     check(lambda x: torch._convert_indices_from_coo_to_csr(x.sort().values, 4, out_int32=True), [ints(4, 6)])
-
-
-def test_packed_sequences():
-    lengths = torch.tensor([3, 2])
-    for batch_first, shape in ((False, (3, 2, 4)), (True, (2, 3, 4))):
-        check(lambda x, first=batch_first: torch._pack_padded_sequence(x, lengths, first), [rand(*shape)], empty=False)
-    with pytest.raises(NotImplementedError, match="Lengths that differ between examples"):
-        vmap(lambda n: torch._pack_padded_sequence(torch.ones(3, 2, 4), n, False))(lengths.expand(2, 2))
 
 
 def test_assertions():
@@ -302,10 +275,6 @@ SMALL = {
     "_aminmax": (torch._aminmax, [rand(3, 4)]),
     "_aminmax.dim": (lambda x: torch._aminmax(x, 1, keepdim=True), [rand(3, 4)]),
     "_logcumsumexp": (lambda x: aten._logcumsumexp(x, -1), [rand(3, 4)]),
-    "_is_all_true": (lambda x: torch._is_all_true(x > 0.1), [rand(3, 4)]),
-    "_is_any_true": (lambda x: torch._is_any_true(x > 0.9), [rand(3, 4)]),
-    "linalg__powsum": (lambda x: aten.linalg__powsum(x, 3, [0], True), [rand(3, 4)]),
-    "linalg__powsum of all": (lambda x: aten.linalg__powsum(x, 2), [rand(3, 4)]),
     "glu_backward_jvp": (
         lambda *xs: aten.glu_backward_jvp(*xs, 1),
         [rand(3, 4), rand(3, 2), rand(3, 4), rand(3, 2), rand(3, 4)],
@@ -344,7 +313,7 @@ REFUSALS = {
     ),
     "sparse": (lambda x: x.to_sparse(), "Convert outside vmap"),
     "sparse parts": (lambda x: x.values(), "has no sparse parts"),
-    "nested": (lambda x: torch._nested_tensor_from_mask(x, x[0] > 0), "padded tensor with a mask"),
+    "nested": (lambda x: torch._nested_tensor_size(x), "padded tensor with a mask"),
     "internal": (lambda x: torch.ops.aten.mkldnn_linear(x, x), "internal to one of PyTorch's backends"),
     "memory": (lambda x: aten.set.source_Tensor(x, x), "out-of-place form"),
 }
