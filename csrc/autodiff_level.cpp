@@ -50,6 +50,15 @@ SharedForwardMode shared_forward_mode;
 // Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
 bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
 
+// Whether an operator that has results writes into this argument beside them, as batch norm does into its running
+// statistics. Such a write has no derivative.
+bool writes_beside_results(const c10::FunctionSchema& schema, size_t argument) {
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    if (written_argument(schema, i) == static_cast<int64_t>(argument)) return false;
+  }
+  return !schema.returns().empty();
+}
+
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
   TORCH_CHECK_VALUE(false, level.kind(), ": the function calls the in-place operator ", op.operator_name().name,
@@ -117,11 +126,13 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     for (size_t i = 0; i < n; ++i) {
       const auto* alias = schema.arguments()[i].alias_info();
       if (alias == nullptr || !alias->isWrite()) continue;
+      if (any_variable && writes_beside_results(schema, i)) continue;
       bool captured = false;
       for_each_tensor(arguments + i, 1, [&](const at::Tensor& target) {
         const auto* wrapper = wrapper_at(target, this);
         captured |= wrapper == nullptr || wrapper->is_captured;
         if (captured && any_variable) refuse_captured_write(op, *this, target);
+        bring_graph_up_to_date(target);
       });
       if (captured) return run_below(op, stack, {.same_keys = same_keys});
     }

@@ -7,6 +7,12 @@
 
 namespace functorch_lite {
 
+// For a tensor that is to be written into. If its memory was written through another view, autograd knows its new place
+// in the graph only once it has been asked for it, and would take it for a leaf.
+inline void bring_graph_up_to_date(const at::Tensor& target) {
+  if (target.requires_grad()) target.grad_fn();
+}
+
 // Whether the tensor has a forward-mode derivative, of whatever level.
 bool has_tangent(const at::Tensor& tensor);
 

@@ -5,14 +5,19 @@
 #include <ATen/ops/permute.h>
 #include <ATen/ops/unsqueeze.h>
 
+#include "fallback.h"
+
 namespace functorch_lite {
 namespace {
 
-[[noreturn]] void refuse_unbatched_write(const c10::OperatorHandle& op, const at::Tensor& target) {
-  TORCH_CHECK_VALUE(false, "vmap: the in-place operator ", op.operator_name().name,
-                    " writes batched values into a tensor that is not batched (shape ", target.sym_sizes(),
-                    "): every example would need its own copy. Use the out-of-place form, or make the tensor from a "
-                    "batched one, for example with x.new_zeros(...) or torch.zeros_like(x).");
+[[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const at::Tensor& target) {
+  const auto name = python_hooks().name_of_tensor(target);
+  const auto known = name.empty() ? "x" : name;
+  TORCH_CHECK_VALUE(false, "vmap: the in-place operator ", op.operator_name().name, " writes batched values into ",
+                    name.empty() ? "a tensor" : "`" + name + "`, a tensor", " from outside the mapped function (shape ",
+                    target.sym_sizes(), ", dtype ", target.scalar_type(), "). It is there once, for all examples, and ",
+                    "cannot hold a value of each. Write into a copy, as in ", known, " = ", known,
+                    ".clone(), and return it; or pass ", known, " as an argument that vmap maps.");
 }
 
 }  // namespace
@@ -30,31 +35,35 @@ BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
     if (index >= 0) written_.resize(schema.returns().size());
     if (index >= 0) written_[i] = arg(index);
   }
+  const auto refuse_captured_target = [&](size_t i, const c10::IValue& target) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (C10_LIKELY(alias == nullptr || !alias->isWrite()) || op.hasTag(at::Tag::nondeterministic_seeded)) return;
+    if (target.isTensor() && target.toTensor().defined()) refuse_captured_write(op, target.toTensor());
+  };
   for (size_t i = 0; i < bdims_.size(); ++i) {
     auto& value = arg(i);
     if (value.isTensor()) {
       if (const auto* wrapper = value.toTensor().defined() ? wrapper_at(value.toTensor(), &level_) : nullptr) {
         bdims_[i] = wrapper->bdim();
         value = at::Tensor(wrapper->value());
-      } else if (const auto* alias = schema.arguments()[i].alias_info()) {
-        if (alias->isWrite() && value.toTensor().defined() && !op.hasTag(at::Tag::nondeterministic_seeded)) {
-          refuse_unbatched_write(op, value.toTensor());
-        }
+      } else {
+        refuse_captured_target(i, value);
       }
     } else if (value.isList() && holds_tensor_list(value)) {
       std::vector<bool> batched;
       bool any = false;
       for (const auto& e : value.toListRef()) {
-        const bool is_batched = e.isTensor() && e.toTensor().defined() && wrapper_at(e.toTensor(), &level_) != nullptr;
-        batched.push_back(is_batched);
-        any |= is_batched;
+        const auto* wrapper = e.isTensor() && e.toTensor().defined() ? wrapper_at(e.toTensor(), &level_) : nullptr;
+        batched.push_back(wrapper != nullptr && wrapper->bdim() != kNoBatchDim);
+        any |= batched.back();
+        if (wrapper == nullptr) refuse_captured_target(i, e);
       }
-      if (!any) continue;
       replace_tensors(&value, 1, [&](const at::Tensor& tensor) {
         const auto* wrapper = wrapper_at(tensor, &level_);
-        return wrapper != nullptr ? move_dim(wrapper->value(), wrapper->bdim(), 0) : tensor;
+        if (wrapper == nullptr) return tensor;
+        return wrapper->bdim() == kNoBatchDim ? wrapper->value() : move_dim(wrapper->value(), wrapper->bdim(), 0);
       });
-      batched_lists_.emplace_back(i, std::move(batched));
+      if (any) batched_lists_.emplace_back(i, std::move(batched));
     }
   }
 }
@@ -140,10 +149,10 @@ void BatchCall::finish_result(size_t i, int64_t bdim) {
     for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
       if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
     });
-  } else if (bdim != kNoBatchDim && result(i).isTensor()) {
+  } else if (result(i).isTensor()) {
     auto& tensor = result(i).toTensor();
     if (tensor.defined()) tensor = wrap(std::move(tensor), level_, bdim);
-  } else if (bdim != kNoBatchDim) {
+  } else {
     replace_tensors(&result(i), 1, [&](const at::Tensor& tensor) { return wrap(tensor, level_, bdim); });
   }
 }

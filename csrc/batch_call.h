@@ -71,7 +71,7 @@ class BatchCall {
   void finish(int64_t bdim = 0);
   // The same with a batch dimension for each result.
   void finish_each(c10::ArrayRef<int64_t> bdims);
-  // Results that are the same for all examples stay as they are.
+  // Results that are the same for all examples.
   void finish_unbatched() { finish(kNoBatchDim); }
 
  private:

@@ -8,6 +8,7 @@
 #include "autodiff_level.h"
 #include "errors.h"
 #include "fallback.h"
+#include "front.h"
 #include "rule.h"
 #include "vmap_level.h"
 #include "wrapper.h"
@@ -23,6 +24,7 @@ struct PythonSide {
   py::object install_decomposition;
   py::object warn_loop;
   py::object user_location;
+  py::object name_of_tensor;
   py::object escaped_tensor_error;
 };
 PythonSide& python_side() {
@@ -51,20 +53,23 @@ auto call_python(Call&& call) {
 }
 
 void set_python_side(py::object has_decomposition, py::object install_decomposition, py::object warn_loop,
-                     py::object user_location, py::object escaped_tensor_error) {
+                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error) {
   python_side() = {std::move(has_decomposition), std::move(install_decomposition), std::move(warn_loop),
-                   std::move(user_location), std::move(escaped_tensor_error)};
+                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error)};
   auto& hooks = python_hooks();
   hooks.has_decomposition = [](const c10::OperatorName& name) {
-    return call_python([&] { return python_side().has_decomposition(name.name, name.overload_name).cast<bool>(); });
+    return call_python([&] { return python_side().has_decomposition(c10::toString(name)).cast<bool>(); });
   };
   hooks.install_decomposition = [](const c10::OperatorName& name) {
-    call_python([&] { python_side().install_decomposition(name.name, name.overload_name); });
+    call_python([&] { python_side().install_decomposition(c10::toString(name)); });
   };
   hooks.warn_loop = [](const c10::OperatorName& name) {
     call_python([&] { python_side().warn_loop(c10::toString(name)); });
   };
   hooks.user_location = [] { return call_python([] { return python_side().user_location().cast<std::string>(); }); };
+  hooks.name_of_tensor = [](const at::Tensor& tensor) {
+    return call_python([&] { return python_side().name_of_tensor(tensor).cast<std::string>(); });
+  };
 }
 
 // Whether code outside the level could differentiate through this tensor.
@@ -122,6 +127,7 @@ at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) 
 std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& level, const at::Tensor& result) {
   const auto* wrapper = wrapper_at(result, &level);
   if (wrapper == nullptr) return {result, std::nullopt};
+  if (wrapper->bdim() == kNoBatchDim) return {wrapper->value(), std::nullopt};
   return {wrapper->value(), wrapper->bdim()};
 }
 
@@ -221,6 +227,8 @@ PYBIND11_MODULE(_C, m) {
       .value("different", VmapLevel::Randomness::kDifferent);
   py::class_<VmapLevel, Level, c10::intrusive_ptr<VmapLevel>>(m, "VmapLevel")
       .def(py::init<c10::SymInt, VmapLevel::Randomness>())
+      .def_property_readonly("batch_size", &VmapLevel::batch_size)
+      .def_property_readonly("randomness", &VmapLevel::randomness)
       .def("lift", &lift_batched)
       .def("unwrap", &unwrap_batched);
   py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")
@@ -253,11 +261,14 @@ PYBIND11_MODULE(_C, m) {
         "How many transforms the calling code is inside of; 0 outside all of them.\n\n"
         "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
+  m.def("innermost_value", &innermost_value);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
+  m.def("strip_closed_levels", &strip_closed_levels);
   m.def("batching_rules", &batching_rules);
   py::enum_<Handling>(m, "Handling")
       .value("one_level_down", Handling::kOneLevelDown)
       .value("rule", Handling::kRule)
+      .value("out_form", Handling::kOutForm)
       .value("composition", Handling::kComposition)
       .value("primitive", Handling::kPrimitive)
       .value("refusal", Handling::kRefusal)
@@ -265,5 +276,6 @@ PYBIND11_MODULE(_C, m) {
       .value("loop", Handling::kLoop);
   m.def("plan", &plan);
   m.def("unknown_operators", &RuleTable::unknown_operators);
+  m.def("set_fast_paths", &set_fast_paths);
   m.def("set_python_side", &set_python_side);
 }

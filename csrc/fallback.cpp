@@ -12,6 +12,7 @@
 
 #include "batch_call.h"
 #include "keys.h"
+#include "out_forms.h"
 #include "rule.h"
 
 namespace functorch_lite {
@@ -119,12 +120,17 @@ void loop(const c10::OperatorHandle& op, Stack& stack) {
   call.finish();
 }
 
+constexpr const char* kPythonValue =
+    "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each example has "
+    "another value. Use torch.where in place of `if`, and keep values in tensors.";
 constexpr auto kImplicit = c10::DispatchKey::CompositeImplicitAutograd;
 constexpr auto kExplicit = c10::DispatchKey::CompositeExplicitAutograd;
 
 void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   const auto plan = plan_without_rule(op);
   switch (plan.handling) {
+    case Handling::kOutForm:
+      return run_out_form(op, *stack);
     case Handling::kComposition:
       return op.callBoxedForDispatchKey(kImplicit, *stack);
     case Handling::kPrimitive:
@@ -147,6 +153,7 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
 }  // namespace
 
 Plan plan_without_rule(const c10::OperatorHandle& op) {
+  if (has_functional_form(op)) return {Handling::kOutForm};
   if (op.hasKernelForDispatchKey(kImplicit)) return {Handling::kComposition};
   if (op.hasTag(at::Tag::dynamic_output_shape)) {
     return {Handling::kRefusal,
@@ -154,9 +161,7 @@ Plan plan_without_rule(const c10::OperatorHandle& op) {
             "fixed shape, for example torch.where, or call it outside vmap."};
   }
   if (op.hasTag(at::Tag::data_dependent_output)) {
-    return {Handling::kRefusal,
-            "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each example "
-            "has another value. Use torch.where in place of `if`, and keep values in tensors."};
+    return {Handling::kRefusal, kPythonValue};
   }
   if (op.hasTag(at::Tag::inplace_view)) {
     return {Handling::kRefusal,
@@ -190,6 +195,8 @@ void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "vmap: ", op.operator_name(), " cannot run on batched values",
                               where.empty() ? "" : " (at " + where + ")", ". ", advice);
 }
+
+void refuse_python_value(const c10::OperatorHandle& op) { refuse_operator(op, kPythonValue); }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {
   if (level.randomness() != VmapLevel::Randomness::kError) return;

@@ -10,6 +10,9 @@ class VmapLevel;
 // Raises: vmap cannot run `op` on batched values.
 [[noreturn]] void refuse_operator(const c10::OperatorHandle& op, const std::string& advice);
 
+// Raises: the examples have other values, and Python wants one.
+[[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
+
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 
@@ -17,6 +20,7 @@ void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 enum class Handling : uint8_t {
   kOneLevelDown,   // it takes no tensor, so nothing of it can be batched
   kRule,           // by its batching rule
+  kOutForm,        // as the form without `out`, whose results are written into the arguments
   kComposition,    // as PyTorch composes it of other operators
   kPrimitive,      // as one of the steps in which PyTorch writes its decompositions
   kRefusal,        // it cannot: `detail` is the advice to the user
@@ -42,6 +46,8 @@ struct PythonHooks {
   void (*warn_loop)(const c10::OperatorName& name) = nullptr;
   // "file.py:12", the innermost line of the user's program, or an empty string.
   std::string (*user_location)() = nullptr;
+  // What the user's program calls this tensor, "weight" or "self.weight", or an empty string.
+  std::string (*name_of_tensor)(const at::Tensor& tensor) = nullptr;
 };
 PythonHooks& python_hooks();
 

@@ -24,6 +24,8 @@
 #include <ATen/ops/tanh_ops.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "front.h"
 #include "keys.h"
 #include "vmap_level.h"
@@ -34,10 +36,13 @@ namespace {
 
 using at::Tensor;
 
+std::atomic<bool> fast_paths_are_on = true;
+
 // The innermost level, if it is a vmap and nothing stands before it.
 VmapLevel* vmap_on_top() {
   auto* level = current_level();
   if (level == nullptr || typeid(*level) != typeid(VmapLevel)) return nullptr;
+  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return nullptr;
   const auto autocast = c10::autocast_dispatch_keyset - c10::impl::tls_local_dispatch_key_set().excluded_;
   return autocast.empty() ? static_cast<VmapLevel*>(level) : nullptr;
 }
@@ -96,7 +101,7 @@ Tensor unary(c10::DispatchKeySet keys, const Tensor& x) {
         RunBelow below(*level);
         result = Op::call(*a.value);
       }
-      return a.bdim == kNoBatchDim ? result : wrap(std::move(result), *level, a.bdim);
+      return wrap(std::move(result), *level, a.bdim);
     }
   }
   return boxed_way<Op>(keys, x);
@@ -115,7 +120,7 @@ Tensor binary(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const 
         RunBelow below(*level);
         result = Op::call(*a.value, *b.value, rest...);
       }
-      return unbatched ? result : wrap(std::move(result), *level, *bdim);
+      return wrap(std::move(result), *level, *bdim);
     }
   }
   return boxed_way<Op>(keys, x, y, rest...);
@@ -149,4 +154,7 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
 }
 
 }  // namespace
+
+void set_fast_paths(bool on) { fast_paths_are_on = on; }
+
 }  // namespace functorch_lite

@@ -8,6 +8,7 @@
 #include "families.h"
 #include "keys.h"
 #include "rules/rules.h"
+#include "siblings.h"
 
 namespace functorch_lite {
 namespace {
@@ -111,6 +112,7 @@ void add_default_rows(RuleTable& rules) {
     const auto op = dispatcher.findSchema(name);
     if (!op.has_value() || name.name.rfind("aten::", 0) != 0) continue;
     if (op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
+    if (is_out_form(op->schema())) continue;  // out_forms.h
     if (op->hasTag(at::Tag::nondeterministic_seeded) || op->hasTag(at::Tag::data_dependent_output)) continue;
     auto twin = op;
     if (name.name.back() == '_') {
@@ -141,6 +143,9 @@ void register_batching_rules() {
   add_embedding_rules(rules);
   add_linalg_rules(rules);
   add_attention_rules(rules);
+  add_python_value_rules(rules);
+  add_foreach_rules(rules);
+  add_optimizer_rules(rules);
   add_remaining_rules(rules);
   add_default_rows(rules);
 }

@@ -4,8 +4,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
 
+#include <algorithm>
+
+#include "autodiff_level.h"
 #include "keys.h"
 #include "op_args.h"
+#include "shared_memory.h"
 #include "wrapper.h"
 
 namespace functorch_lite {
@@ -16,16 +20,55 @@ VmapLevel& current_vmap_level() {
   return static_cast<VmapLevel&>(*level);
 }
 
+namespace {
+
+// Batched values are to be written into these.
+void make_targets_batched(const c10::OperatorHandle& op, const c10::IValue* arguments, VmapLevel& level) {
+  const auto& schema = op.schema();
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias == nullptr || !alias->isWrite()) continue;
+    for_each_tensor(arguments + i, 1, [&](const at::Tensor& target) {
+      auto* wrapper = wrapper_at(target, &level);
+      if (wrapper == nullptr) return;
+      if (wrapper->bdim() == kNoBatchDim) make_batched(*wrapper, level);
+      bring_graph_up_to_date(wrapper->value());
+    });
+  }
+}
+
+// The argument that the results of a view operator show.
+at::Tensor viewed_argument(const c10::OperatorHandle& op, const c10::IValue* arguments) {
+  const auto& schema = op.schema();
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    if (schema.arguments()[i].alias_info() != nullptr && arguments[i].isTensor()) return arguments[i].toTensor();
+  }
+  return {};
+}
+
+bool is_dense(const at::Tensor& tensor) { return tensor.layout() == c10::kStrided && !tensor.is_quantized(); }
+
+bool shares_memory(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
+  const auto& memory = innermost_value(tensor);
+  return std::any_of(others.begin(), others.end(), [&](const at::Tensor& other) {
+    return memory.has_storage() && other.has_storage() ? memory.is_alias_of(other) : memory.is_same(other);
+  });
+}
+
+}  // namespace
+
 void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
+  bool any_here = false;
   bool any_batched = false;
   bool any_closed = false;
   for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
     const auto* wrapper = as_wrapper(tensor);
     if (wrapper == nullptr) return;
     if (wrapper->level() == this) {
-      any_batched = true;
+      any_here = true;
+      any_batched |= wrapper->bdim() != kNoBatchDim;
     } else {
       any_closed |= !is_active(wrapper->level());
     }
@@ -34,12 +77,71 @@ void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     replace_tensors(arguments, n, strip_closed_levels);
     return run(op, stack);
   }
-  if (!any_batched && !op.hasTag(at::Tag::nondeterministic_seeded)) {
-    RunBelow below(*this);
-    op.callBoxed(&stack);
-    return;
-  }
+  const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (!any_batched && !is_random) return run_once(op, stack, any_here);
+  if (any_batched || randomness_ == Randomness::kDifferent) make_targets_batched(op, arguments, *this);
   op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);
+}
+
+void VmapLevel::run_once(const c10::OperatorHandle& op, Stack& stack, bool any_here) {
+  constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
+  const bool is_composite = op.hasKernelForDispatchKey(kComposite);
+  // Taken apart, so that it is known which of its results share memory with an argument.
+  if (any_here && is_composite) return op.callBoxedForDispatchKey(kComposite, stack);
+  const auto& schema = op.schema();
+  const auto n = count_arguments(op);
+  auto* arguments = stack.data() + stack.size() - n;
+  if (any_here && op.hasTag(at::Tag::inplace_view)) {
+    auto* target = wrapper_at(arguments[0].toTensor(), this);
+    if (target != nullptr && target->view_record != nullptr) {  // others see this memory as it was
+      make_batched(*target, *this);
+      return op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);
+    }
+  }
+  const auto aliasing = aliasing_of(schema);
+  c10::SmallVector<c10::IValue, 1> written;
+  at::Tensor source;
+  Stack recorded;
+  std::vector<at::Tensor> captured;
+  if (aliasing.writes) {
+    for (size_t i = 0; i < schema.returns().size(); ++i) {
+      const auto index = written_argument(schema, i);
+      written.push_back(index < 0 ? c10::IValue() : arguments[index]);
+    }
+  } else if (any_here && aliasing.any) {
+    source = viewed_argument(op, arguments);
+    recorded.assign(arguments, arguments + n);
+  }
+  if (aliasing.any || is_composite) {
+    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { captured.push_back(innermost_value(tensor)); });
+  }
+  {
+    const RunBelow below(*this);
+    if (any_here) {
+      replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
+        const auto* wrapper = wrapper_at(tensor, this);
+        return wrapper != nullptr ? wrapper->value() : tensor;
+      });
+    }
+    op.callBoxed(&stack);
+  }
+  auto* results = stack.data() + stack.size() - schema.returns().size();
+  auto* viewed = source.defined() ? wrapper_at(source, this) : nullptr;
+  if (viewed != nullptr) return wrap_views(op, recorded, *viewed, results);
+  // torch.tensor passes what it has made through this operator, which looks like a view.
+  if (op.operator_name().name == "aten::lift_fresh") captured.clear();
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    if (i < written.size() && !written[i].isNone()) {
+      results[i] = std::move(written[i]);
+      for_each_tensor(results + i, 1, [&](const at::Tensor& tensor) {
+        if (auto* wrapper = wrapper_at(tensor, this)) wrapper->refresh();
+      });
+      continue;
+    }
+    replace_tensors(results + i, 1, [&](const at::Tensor& tensor) {
+      return is_dense(tensor) && !shares_memory(tensor, captured) ? wrap(tensor, *this) : tensor;
+    });
+  }
 }
 
 }  // namespace functorch_lite

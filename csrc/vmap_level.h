@@ -20,6 +20,9 @@ class VmapLevel final : public Level {
   Randomness randomness() const { return randomness_; }
 
  private:
+  // For a call without batched arguments; `any_here` if it has arguments of this level.
+  void run_once(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool any_here);
+
   c10::SymInt batch_size_;
   Randomness randomness_;
 };

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "errors.h"
+#include "shared_memory.h"
 #include "vmap_level.h"
 
 namespace functorch_lite {
@@ -13,7 +14,7 @@ Wrapper::Wrapper(at::Tensor value, LevelPtr level, int64_t bdim)
       value_(std::move(value)),
       level_(std::move(level)),
       bdim_(bdim) {
-  set_storage_access_should_throw();
+  share_storage();
   copy_keys_from_value();
   auto* impl = value_.unsafeGetTensorImpl();
   // Under inference mode the constructor made an inference tensor, which autograd refuses: the keys above undo it.
@@ -35,6 +36,17 @@ Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device d
   set_sizes_and_strides(sizes, strides, c10::SymInt(0));
 }
 
+Wrapper::~Wrapper() = default;
+
+// What is the same for all examples can be read as outside, by .numpy() and .tolist().
+void Wrapper::share_storage() {
+  constexpr auto no_plain_memory =
+      c10::DispatchKeySet({kFront, c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  const bool readable = is_shared() && value_.has_storage() && !value_.key_set().has_any(no_plain_memory);
+  storage_ = readable ? value_.storage() : c10::Storage();
+  storage_access_should_throw_ = !readable;
+}
+
 void Wrapper::copy_keys_from_value() {
   constexpr auto seen_from_outside = c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
   constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
@@ -42,7 +54,7 @@ void Wrapper::copy_keys_from_value() {
   key_set_ = kAutodiffKeys.add(kFront) | (value_keys & seen_from_outside);
   // Formulas work in place on tensors without the mark. They may only where nobody else differentiates or batches.
   const bool only_ours = !level_->is_forward() && !value_keys.has_any(wrapper_like) && !value_.requires_grad();
-  if (bdim_ != kNoBatchDim || !only_ours) key_set_ = key_set_.add(kSubclassMark);
+  if (!level_->differentiates() || !only_ours) key_set_ = key_set_.add(kSubclassMark);
 }
 
 void Wrapper::refresh() {
@@ -96,16 +108,19 @@ const at::Tensor& Wrapper::value() const {
 void Wrapper::replace_value(at::Tensor value, int64_t bdim) {
   value_ = std::move(value);
   bdim_ = bdim;
+  share_storage();
   copy_keys_from_value();
   refresh();
 }
 
-c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(const c10::VariableVersion& version,
+// The copy counts writes as all wrappers of this memory do, also where PyTorch offers a counter of its own: it copies
+// what factories return.
+c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(const c10::VariableVersion&,
                                                                      bool allow_metadata_change) const {
   auto copy = c10::make_intrusive<Wrapper>(value(), level_, bdim_);
   copy->is_captured = is_captured;
-  copy->set_version_counter(version);
   copy->set_allow_tensor_metadata_change(allow_metadata_change);
+  if (is_shared()) record_alias(*copy, const_cast<Wrapper&>(*this));
   return copy;
 }
 
@@ -119,7 +134,12 @@ void Wrapper::shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl)
   TORCH_CHECK(other != nullptr && other->level() == level(),
               "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same "
               "transform. Return the new tensor from the function instead.");
+  TORCH_CHECK(view_record == nullptr || view_record->sharers->wrappers.size() == 1,
+              "tensor.data = ...: there are views of this tensor inside vmap, which would go on showing its old data. "
+              "Use tensor.copy_(...), which writes into all of them.");
+  view_record = nullptr;
   replace_value(other->value(), other->bdim());
+  if (is_shared()) record_alias(*this, *other);
 }
 
 at::Tensor wrap(at::Tensor value, Level& level, int64_t bdim) {

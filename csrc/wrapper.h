@@ -5,6 +5,7 @@
 #include <c10/core/TensorImpl.h>
 #include <c10/core/WrapDimMinimal.h>
 
+#include <memory>
 #include <typeinfo>
 
 #include "keys.h"
@@ -14,19 +15,24 @@ namespace functorch_lite {
 
 constexpr int64_t kNoBatchDim = -1;
 
+struct ViewRecord;
+
 // One class serves every kind of level. Sizes and strides are those that user code sees (without the batch
-// dimension) and may be symbolic; there is no storage. The version counter is the value's own, so a write is
-// seen by every wrapper of the same memory.
+// dimension) and may be symbolic. The version counter is the value's own, so a write is seen by every wrapper of the
+// same memory. Only what is the same for all examples of a vmap, and plain below, has a storage: the value's.
 class Wrapper final : public c10::TensorImpl {
  public:
   Wrapper(at::Tensor value, LevelPtr level, int64_t bdim);
   // A symbolic zero.
   Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, LevelPtr level);
+  ~Wrapper() override;
 
   const at::Tensor& value() const;
   // The dimension of `value` that a vmap level hides, or kNoBatchDim.
   int64_t bdim() const { return bdim_; }
   Level* level() const { return level_.get(); }
+  // Whether all examples of a vmap have this value.
+  bool is_shared() const { return bdim_ == kNoBatchDim && !level_->differentiates(); }
   // A tangent known to be zero: the value is made only if somebody asks for it, and then it may be written into.
   bool is_symbolic_zero() const { return !value_.defined(); }
 
@@ -37,6 +43,8 @@ class Wrapper final : public c10::TensorImpl {
 
   // Memory that existed before the level opened: writing values that need a derivative here would lose them.
   bool is_captured = false;
+  // For a wrapper of a vmap level that shares unbatched memory with others; see shared_memory.h.
+  std::unique_ptr<ViewRecord> view_record;
 
   c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(const c10::VariableVersion& version,
                                                               bool allow_metadata_change) const override;
@@ -46,6 +54,7 @@ class Wrapper final : public c10::TensorImpl {
 
  private:
   void copy_keys_from_value();
+  void share_storage();
 
   mutable at::Tensor value_;
   LevelPtr level_;

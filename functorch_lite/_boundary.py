@@ -6,17 +6,20 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from functorch_lite import _checks
+from functorch_lite import _C, _checks
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _OURS = os.path.dirname(__file__) + os.sep
+#: Frames further out have called vmap.
+_MAPPING = os.path.join(_OURS, "_vmap.py")
 _LIBRARIES = (_OURS, os.path.dirname(torch.__file__) + os.sep)
 #: Set to anything but "0" to keep this package's frames in tracebacks.
 FULL_TRACEBACK = "FUNCTORCH_LITE_FULL_TRACEBACK"
@@ -94,6 +97,35 @@ def user_location() -> str:
     """``file.py:12``, the innermost line outside torch and this package."""
     frame = _user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def _is_view_of(view: Tensor, whole: Tensor) -> bool:
+    if view is whole:
+        return True
+    if _C.is_wrapper(view) or _C.is_wrapper(whole) or torch.strided not in (view.layout, whole.layout):
+        return False
+    memory = view.untyped_storage()
+    return memory.nbytes() > 0 and memory.data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def _named_tensors(frame: FrameType) -> Iterator[tuple[str, Tensor]]:
+    for name, value in [*frame.f_locals.items(), *frame.f_globals.items()]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, torch.nn.Module):
+            for path, tensor in [*value.named_parameters(), *value.named_buffers()]:
+                yield f"{name}.{path}", tensor
+
+
+def name_of_tensor(tensor: Tensor) -> str:
+    """What the user's program calls a tensor, or the one that it is a view of; an empty string if nobody names it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _MAPPING:
+        for name, candidate in _named_tensors(frame) if not frame.f_code.co_filename.startswith(_OURS) else ():
+            if _is_view_of(tensor, candidate):
+                return name
+        frame = frame.f_back
+    return ""
 
 
 def warn_loop(operator: str) -> None:

@@ -46,6 +46,49 @@ def refuse_single_level_function(name: str) -> NoReturn:
     )
 
 
+def check_one_vmap_rule(function: Any) -> None:
+    """Refuse a Function that says twice how it is mapped."""
+    if function.generate_vmap_rule:
+        raise ValueError(
+            f"vmap: torch.autograd.Function {function.__name__} has generate_vmap_rule = True and a vmap staticmethod, "
+            f"two answers to one question. Remove one of them."
+        )
+
+
+def refuse_mark_dirty(name: str) -> NoReturn:
+    """Raise: a Function writes in place where its derivative is mapped."""
+    raise NotImplementedError(
+        f"vmap: torch.autograd.Function {name} writes into an argument (ctx.mark_dirty) and is differentiated outside "
+        f"this vmap. Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims), or let it "
+        f"return a new tensor."
+    )
+
+
+def needs_memory(error: RuntimeError) -> bool:
+    """Whether code failed because it wanted numbers (for numpy, or a Python value) from a tensor inside a transform."""
+    parts = (
+        "doesn't have storage",
+        "Cannot access storage",
+        "has no memory of its own",
+        "cannot run on batched values",
+    )
+    return any(part in str(error) for part in parts)
+
+
+def refuse_forward(transform: str, name: str, error: Exception) -> NoReturn:
+    """Raise: the forward pass of a Function cannot run on wrappers."""
+    if transform == "vmap":
+        advice = (
+            "Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims): it gets plain tensors."
+        )
+    else:
+        advice = "Split it into forward(...) and setup_context(ctx, inputs, output): forward then gets plain tensors."
+    raise NotImplementedError(
+        f"{transform}: the forward pass of torch.autograd.Function {name} wants the numbers of a tensor, as numpy and "
+        f".item() do. {advice}"
+    ) from error
+
+
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
     given = (argnums,) if isinstance(argnums, int) else argnums

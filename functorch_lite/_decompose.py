@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-
-# One for each namespace that had a decomposition installed; they keep the registrations alive.
-_libraries: dict[str, torch.library.Library] = {}
+from functorch_lite import _rules
 
 
-def _decomposition(name: str, overload: str) -> Callable[..., object] | None:
+def _decomposition(full_name: str) -> Callable[..., Any] | None:
     from torch._decomp import decomposition_table  # costs a second: only when an operator needs it
 
-    namespace, operator = name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), operator)
-    return decomposition_table.get(getattr(packet, overload or "default"))
+    op = _rules.find_operator(full_name)
+    return decomposition_table.get(op) if op is not None else None
 
 
-def has_decomposition(name: str, overload: str) -> bool:
-    """Whether PyTorch has a decomposition of ``name.overload``."""
-    return _decomposition(name, overload) is not None
+def has_decomposition(full_name: str) -> bool:
+    """Whether PyTorch has a decomposition of ``full_name``, ``"aten::dist"`` or ``"aten::rot90.out"``."""
+    return _decomposition(full_name) is not None
 
 
-def install_decomposition(name: str, overload: str) -> None:
-    """Register PyTorch's decomposition of ``name.overload`` as its batching rule."""
-    decomposition = _decomposition(name, overload)
+def install_decomposition(full_name: str) -> None:
+    """Register PyTorch's decomposition of ``full_name``, which has one, as its batching rule."""
+    decomposition = _decomposition(full_name)
     assert decomposition is not None
-    namespace, operator = name.split("::")
-    if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
-    full_name = f"{operator}.{overload}" if overload else operator
-    _libraries[namespace].impl(full_name, decomposition, "TESTING_ONLY_GenericWrapper")
+    _rules.install(full_name, decomposition)

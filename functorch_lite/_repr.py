@@ -20,6 +20,8 @@ def describe(tensor: Tensor) -> str | None:
     if description is None:
         return None
     kind, level, is_open, batch_dim, value = description
+    if kind == "vmap" and batch_dim is None:  # the same for all examples
+        return describe(value)
     name = {"vmap": "BatchedTensor", "grad": "GradTensor", "jvp": "DualTensor"}[kind]
     parts = [f"level={level}" if is_open else "level closed"]
     if batch_dim is not None:
@@ -36,6 +38,7 @@ def describe(tensor: Tensor) -> str | None:
 def _str(tensor: Tensor, *args: Any, **kwargs: Any) -> str:
     description = describe(tensor)
     if description is None:
+        tensor = _C.innermost_value(tensor)
         with _C.Outside():  # printing computes, and a plain tensor prints as outside any transform
             description = _plain_str(tensor, *args, **kwargs)
     return description
@@ -43,7 +46,7 @@ def _str(tensor: Tensor, *args: Any, **kwargs: Any) -> str:
 
 def _format(tensor: Tensor, spec: str) -> str:
     # f"{x}" of a scalar asks for x.item(), which a batch does not have.
-    return describe(tensor) or _plain_format(tensor, spec)
+    return describe(tensor) or _plain_format(_C.innermost_value(tensor), spec)
 
 
 def install() -> None:

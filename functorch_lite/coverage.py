@@ -18,6 +18,7 @@ from functorch_lite import _C
 KINDS = {
     "one_level_down": "takes no tensor, so nothing of it can be batched",
     "rule": "has a batching rule, of a family or of its own",
+    "out_form": "runs as the form without `out=` does, and writes the result there",
     "composition": "runs as PyTorch composes it of other operators",
     "primitive": "is a step of PyTorch's decompositions, and composed of other operators",
     "refusal": "raises an error that says what to do instead",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from functorch_lite import _rules
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -29,6 +31,16 @@ def test_tour_shows_what_it_promises(tmp_path, capsys):
     for part in ("BatchedTensor(level=1", "cannot run on batched values", "torch.ops.aten.cos", "[figure: "):
         assert part in printed
     assert [picture.suffix for picture in tmp_path.iterdir()] == [".png"]
+
+
+def test_custom_rules_shows_the_warning_and_removes_what_it_overrides(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = next(path for path in NOTEBOOKS if path.stem == "custom_rules")
+    runpy.run_path(str(path.parent / "run.py"))["run"](path, tmp_path)
+    printed = capsys.readouterr().out
+    for part in ("notebook::counts has no batching rule", "with the built-in rule", "tensor(65.88"):
+        assert part in printed
+    assert not [name for name in _rules.overrides if name.startswith("aten::")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -6,7 +6,6 @@
 #include <ATen/ops/diagonal.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/permute.h>
-#include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
 
@@ -214,22 +213,6 @@ void matrix_exp_rule(BatchCall& call) {
   call.finish();
 }
 
-// Derivative formulas of decompositions check with allclose that the function does not depend on the phases of complex
-// vectors: all examples must pass. Elsewhere its bool would have to differ between examples.
-void allclose_rule(BatchCall& call) {
-  const auto node = torch::autograd::get_current_node();
-  const auto formula = node ? node->name() : std::string();
-  const bool is_check = formula.rfind("LinalgSvd", 0) == 0 || formula.rfind("LinalgEig", 0) == 0;
-  if (!is_check) {
-    refuse_operator(call.op(),
-                    "It turns tensor values into a Python bool, and each example has another value. Use torch.isclose "
-                    "and torch.where, and keep values in tensors.");
-  }
-  int64_t rank = std::max(call.rank(0), call.rank(1));
-  for (size_t i = 0; i < 2; ++i) call.expand_to_front(i, rank);
-  call.call();
-}
-
 // x[B,m,n] -> y[B]
 void trace_rule(BatchCall& call) {
   TORCH_CHECK(call.rank(0) == 2, "trace: expected a matrix, got ", call.rank(0), " dimensions.");
@@ -275,7 +258,6 @@ void add_linalg_rules(RuleTable& rules) {
             {"linalg_inv_ex", "linalg_cholesky_ex", "cholesky", "cholesky_inverse", "geqrf", "linalg_eig",
              "_linalg_eigvals", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_ldl_factor_ex"});
   rules.add(&matrix_exp_rule, {"linalg_matrix_exp"});
-  rules.add(&allclose_rule, {"allclose"});
   rules.add(expanded(), {"linalg_householder_product", "ormqr"});
   rules.add(&optional_matrices_rule, {"_linalg_svd", "_linalg_eigh", "linalg_qr", "linalg_lu", "lu_unpack"});
   rules.add(&solve_ex_rule, {"_linalg_solve_ex"});

@@ -19,6 +19,14 @@ void fill_rule(BatchCall& call) {
   call.finish();
 }
 
+// x[B?,*], y[B?,*] -> y[B,*] in the shape and dtype of x.
+void copy_rule(BatchCall& call) {
+  call.expand_to_front(0);
+  call.to_front(1, call.rank(0));
+  call.call();
+  call.finish();
+}
+
 // x[B?,*], mask[B?,*], value[B?] -> x[B,*].
 void masked_fill_rule(BatchCall& call) {
   const bool in_place = call.schema().is_mutable();
@@ -35,6 +43,7 @@ void masked_fill_rule(BatchCall& call) {
 
 void add_pointwise_rules(RuleTable& rules) {
   rules.add(&fill_rule, {"fill.Tensor", "fill_.Tensor"});
+  rules.add(&copy_rule, {"copy"});
   rules.add(&masked_fill_rule, {"masked_fill.Tensor", "masked_fill_.Tensor"});
   // Pointwise, but not tagged so by PyTorch.
   rules.add(pointwise(), {"copy_",
@@ -45,7 +54,6 @@ void add_pointwise_rules(RuleTable& rules) {
                           "fill_.Scalar",
                           "zero_",
                           "zero",
-                          "copy",
                           "complex",
                           "polar",
                           "floor_divide",

@@ -20,6 +20,8 @@ struct Images {
       call.expand_to_front(i);
       const bool has_images = joins || std::find(with_images.begin(), with_images.end(), i) != with_images.end();
       if (has_images) call.arg(i) = merge_dims(call.tensor(i), 0);
+      // Some kernels read memory that is not theirs when indices have strides.
+      if (call.schema().arguments()[i].name() == "indices") call.arg(i) = call.tensor(i).contiguous();
     }
     for (auto i : sizes) {
       auto shape = call.arg(i).toSymIntVector();

@@ -78,6 +78,7 @@ void add_reduction_rules(RuleTable& rules) {
                             "norm.ScalarOpt_dim",
                             "norm.ScalarOpt_dim_dtype",
                             "linalg_vector_norm",
+                            "linalg__powsum",
                             "count_nonzero.dim_IntList",
                             "argmax",
                             "argmin",
@@ -93,8 +94,8 @@ void add_reduction_rules(RuleTable& rules) {
   rules.add(reduce_all("prod.dim_int"), {"prod"});
   rules.add(reduce_all("amax"), {"max"});
   rules.add(reduce_all("amin"), {"min"});
-  rules.add(reduce_all("all.dim"), {"all"});
-  rules.add(reduce_all("any.dim"), {"any"});
+  rules.add(reduce_all("all.dim"), {"all", "_is_all_true"});
+  rules.add(reduce_all("any.dim"), {"any", "_is_any_true"});
   rules.add(reduce_all("median.dim"), {"median"});
   rules.add(reduce_all("nanmedian.dim"), {"nanmedian"});
   rules.add(reduce_all("count_nonzero.dim_IntList"), {"count_nonzero"});

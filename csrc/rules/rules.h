@@ -20,6 +20,9 @@ void add_loss_rules(RuleTable& rules);
 void add_embedding_rules(RuleTable& rules);
 void add_linalg_rules(RuleTable& rules);
 void add_attention_rules(RuleTable& rules);
+void add_python_value_rules(RuleTable& rules);
+void add_foreach_rules(RuleTable& rules);
+void add_optimizer_rules(RuleTable& rules);
 void add_remaining_rules(RuleTable& rules);
 
 }  // namespace functorch_lite

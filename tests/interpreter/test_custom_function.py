@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch.autograd import Function
@@ -148,3 +151,344 @@ def test_call_that_no_batched_argument_reaches(function, x):
 def test_old_style_at_several_levels_is_refused(x):
     with pytest.raises(NotImplementedError, match=r"OldStyle has forward\(ctx.*more than one level.*setup_context"):
         grad(lambda x: vmap(OldStyle.apply)(x).sum())(x)
+
+
+# The vmap staticmethod.
+
+
+class NumpyCube(Function):
+    """x -> x^3 and 3 x^2, with numpy."""
+
+    @staticmethod
+    def forward(x):
+        values = x.numpy()
+        return torch.from_numpy(values**3), torch.from_numpy(3 * values**2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_forward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        x, dx = ctx.saved_tensors
+        return g * NumpyMul.apply(x * 0 + 1, dx) + g * 6 * (x - x.detach()) * x.detach()
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return NumpyCube.apply(x), (in_dims[0], in_dims[0])
+
+    @staticmethod
+    def jvp(ctx, t):
+        x, dx = ctx.saved_tensors
+        return NumpyMul.apply(t, dx), None
+
+
+class NumpyMul(Function):
+    """(x, y, scale) -> scale * x * y, with numpy."""
+
+    calls = []
+
+    @staticmethod
+    def forward(x, y, scale=1.0):
+        return torch.from_numpy(np.asarray(x.numpy() * y.numpy() * scale))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.scale = inputs
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        dx, dy = NumpyMul.apply(g, y, ctx.scale), NumpyMul.apply(g, x, ctx.scale)
+        return dx, dy, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, y, scale):
+        NumpyMul.calls.append((info, in_dims))
+        front = [z if dim is None else z.movedim(dim, -1) for z, dim in zip((x, y), in_dims[:2], strict=True)]
+        front = [z.unsqueeze(-1) if dim is None else z for z, dim in zip(front, in_dims[:2], strict=True)]
+        return NumpyMul.apply(*front, scale), -1
+
+    @staticmethod
+    def jvp(ctx, x_t, y_t, _):
+        x, y = ctx.saved_tensors
+        return NumpyMul.apply(x_t, y, ctx.scale) + NumpyMul.apply(x, y_t, ctx.scale)
+
+
+class GeneratedMul(Function):
+    """(x, y, scale) -> scale * x * y, with a derivative that is 10 times too large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, y, scale=1.0):
+        return scale * x * y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.scale = inputs
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return 10 * ctx.scale * g * y, 10 * ctx.scale * g * x, None
+
+    @staticmethod
+    def jvp(ctx, x_t, y_t, _):
+        x, y = ctx.saved_tensors
+        return 10 * ctx.scale * (x_t * y + x * y_t)
+
+
+MULTIPLY = pytest.mark.parametrize(("function", "factor"), [(NumpyMul, 1), (GeneratedMul, 10)])
+
+
+@MULTIPLY
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (0, None), (None, 1)])
+def test_vmap_staticmethod_in_all_places(function, factor, in_dims, x):
+    a, b = torch.outer(x, x + 1), torch.outer(x + 2, x)
+    a, b = (z[0] if dim is None else z for z, dim in zip((a, b), in_dims, strict=True))
+    expected = vmap(lambda a, b: 2 * a * b, in_dims)(a, b)
+    f = lambda a, b: function.apply(a, b, 2.0)
+    torch.testing.assert_close(vmap(f, in_dims)(a, b), expected)
+    torch.testing.assert_close(vmap(lambda a, b: function.apply(a, scale=2.0, y=b), in_dims)(a, b), expected)
+    torch.testing.assert_close(vmap(vmap(f), in_dims)(a, b), expected)
+    # The derivative is the Function's at each level outside and inside.
+    plain = lambda a, b: 2 * factor * a * b
+    total = lambda f: lambda a, b: f(a, b).sum()
+    for result, reference in zip(
+        grad(total(vmap(f, in_dims)), argnums=(0, 1))(a, b),
+        grad(total(vmap(plain, in_dims)), argnums=(0, 1))(a, b),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, reference)
+    gradient = lambda f: vmap(grad(total(f), argnums=(0, 1)), in_dims)(a, b)
+    torch.testing.assert_close(gradient(f), gradient(plain))
+    push = lambda f: jvp(f, (a, b), (a + 1, b + 2))[1]
+    torch.testing.assert_close(push(vmap(f, in_dims)), push(vmap(plain, in_dims)))
+    inside = lambda f: vmap(lambda a, b: jvp(f, (a, b), (a + 1, b + 2))[1], in_dims)(a, b)
+    torch.testing.assert_close(inside(f), inside(plain))
+    jacobian = lambda f: vmap(jacrev(f, argnums=(0, 1)), in_dims)(a, b)
+    torch.testing.assert_close(jacobian(f), jacobian(plain))
+    torch.testing.assert_close(vmap(jacfwd(f), in_dims)(a, b), jacobian(plain)[0])
+
+
+def test_vmap_staticmethod_and_second_derivatives(x):
+    square = lambda x: NumpyMul.apply(x, x).sum()
+    torch.testing.assert_close(hessian(square)(x), 2 * torch.eye(3, dtype=DOUBLE))
+    torch.testing.assert_close(vmap(hessian(square))(x[None]), 2 * torch.eye(3, dtype=DOUBLE)[None])
+    torch.testing.assert_close(jacrev(jacrev(square))(x), 2 * torch.eye(3, dtype=DOUBLE))
+    torch.testing.assert_close(jacfwd(jacfwd(square))(x), 2 * torch.eye(3, dtype=DOUBLE))
+    leaf = x.clone().requires_grad_()
+    vmap(grad(lambda v: NumpyMul.apply(v, v)))(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.full_like(x, 2))
+
+
+def test_vmap_staticmethod_of_several_outputs(x):
+    cube = lambda x: NumpyCube.apply(x)[0]
+    torch.testing.assert_close(vmap(NumpyCube.apply)(x), (x**3, 3 * x**2))
+    torch.testing.assert_close(vmap(grad(cube))(x), 3 * x**2)
+    torch.testing.assert_close(grad(lambda x: vmap(cube)(x).sum())(x), 3 * x**2)
+    torch.testing.assert_close(vmap(lambda x: jvp(cube, (x,), (x,))[1])(x), 3 * x**3)
+
+
+def test_vmap_staticmethod_with_a_list(x):
+    class Total(Function):
+        @staticmethod
+        def forward(xs):
+            return torch.from_numpy(sum(x.numpy() for x in xs))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def vmap(info, in_dims, xs):
+            assert in_dims in (([0],), ([0, 1],))
+            return Total.apply([xs[0], *(x.T for x in xs[1:])]), 0
+
+    torch.testing.assert_close(vmap(jacrev(lambda a: a * Total.apply([a])))(x[None]), torch.diag(x)[None])
+    total = vmap(lambda a, b: Total.apply([a, b]), in_dims=(0, 1))
+    torch.testing.assert_close(total(torch.outer(x, x)[:2], torch.ones(3, 2).double()), torch.outer(x, x)[:2] + 1)
+
+
+def test_what_the_vmap_staticmethod_gets(x):
+    NumpyMul.calls.clear()
+    vmap(lambda x: NumpyMul.apply(x, 2 * x[0]), in_dims=1, randomness="same")(torch.outer(x, x)[:2])
+    ((info, in_dims),) = NumpyMul.calls
+    assert (info.batch_size, info.randomness) == (3, "same")
+    assert in_dims == (1, 0, None)
+
+
+@pytest.mark.parametrize("function", [NumpyMul, GeneratedMul])
+def test_call_at_a_vmap_that_nothing_batched_reaches(function, x):
+    shared = lambda w: vmap(lambda v: v * function.apply(w, w))(x)
+    torch.testing.assert_close(shared(x[0]), x * x[0] ** 2)
+    nested = vmap(lambda w: vmap(lambda v: v + function.apply(w, w))(x))
+    torch.testing.assert_close(nested(x), x + (x**2)[:, None])
+
+
+def test_numpy_without_vmap_staticmethod(x):
+    class Sine(NumpyMul):
+        vmap = Function.vmap
+
+    class OldSine(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * x.sum().item()
+
+    torch.testing.assert_close(grad(lambda x: Sine.apply(x, x).sum())(x), 2 * x)
+    add = r"staticmethod vmap\(info, in_dims, \*args\) that returns \(outputs, out_dims\)"
+    with pytest.raises(NotImplementedError, match=rf"^vmap: .*Function Sine wants the numbers.*{add}"):
+        vmap(Sine.apply)(x, x)
+    with pytest.raises(NotImplementedError, match=rf"^vmap: .*Function Sine wants the numbers.*{add}"):
+        grad(lambda x: vmap(Sine.apply)(x, x).sum())(x)
+    with pytest.raises(NotImplementedError, match=rf"^vmap: .*Function OldSine wants the numbers.*{add}"):
+        vmap(OldSine.apply)(x[None])
+
+    class OldNumpy(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.from_numpy(x.numpy())
+
+    with pytest.raises(NotImplementedError, match=r"^grad: .*OldNumpy.*Split it into forward.*setup_context"):
+        grad(lambda x: OldNumpy.apply(x).sum())(x)
+
+
+def test_two_rules_are_refused(x):
+    class Both(NumpyMul):
+        generate_vmap_rule = True
+
+    with pytest.raises(ValueError, match=r"vmap: .*Function Both has generate_vmap_rule = True and a vmap static"):
+        vmap(Both.apply)(x, x)
+
+
+def test_old_style_with_vmap_staticmethod(x):
+    class Old(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return torch.from_numpy(np.asarray(x.detach().numpy() ** 2))
+
+        @staticmethod
+        def backward(ctx, g):
+            return 3 * g * ctx.saved_tensors[0]
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return Old.apply(x), in_dims[0]
+
+    torch.testing.assert_close(vmap(Old.apply)(x), x**2)
+    leaf = x.clone().requires_grad_()
+    vmap(vmap(Old.apply))(leaf[None]).sum().backward()
+    torch.testing.assert_close(leaf.grad, 3 * x)
+
+
+def test_vmap_staticmethod_that_returns_something_else(x):
+    class Wrong(NumpyMul):
+        @staticmethod
+        def vmap(info, in_dims, x, y, scale):
+            return x * y
+
+    with pytest.raises(TypeError, match=r"vmap: the vmap staticmethod of Wrong \(.*must return \(outputs, out_dims\)"):
+        vmap(Wrong.apply)(x, x)
+
+
+class Doubled(Function):
+    """Doubles x in place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.mul_(2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_dirty(inputs[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        return 20 * g
+
+
+class DoubledByRule(Doubled):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return DoubledByRule.apply(x), in_dims[0]
+
+
+@pytest.mark.parametrize("function", [Doubled, DoubledByRule])
+def test_function_that_writes(function, x):
+    def f(x):
+        y = x.clone()
+        z = function.apply(y)
+        assert z is y
+        return y + z
+
+    torch.testing.assert_close(vmap(f)(x), 4 * x)
+    torch.testing.assert_close(grad(lambda x: f(x).sum())(x), torch.full_like(x, 40))
+    torch.testing.assert_close(vmap(grad(f))(x), torch.full_like(x, 40))
+    outside = grad(lambda x: vmap(f)(x).sum())
+    if function is Doubled:
+        with pytest.raises(
+            NotImplementedError, match=r"vmap: .*Function Doubled writes into an argument.*staticmethod vmap"
+        ):
+            outside(x)
+    else:
+        torch.testing.assert_close(outside(x), torch.full_like(x, 40))
+
+
+def test_function_that_returns_its_argument(x):
+    class Reversed(Function):
+        @staticmethod
+        def forward(x):
+            return x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return -g
+
+    f = lambda x: Reversed.apply(x).sin()
+    torch.testing.assert_close(vmap(f)(x), x.sin())
+    torch.testing.assert_close(vmap(grad(f))(x), -x.cos())
+    torch.testing.assert_close(grad(lambda x: vmap(f)(x).sum())(x), -x.cos())
+
+
+def test_function_with_a_random_forward_pass():
+    class Noisy(Function):
+        @staticmethod
+        def forward(x):
+            return x + torch.rand(x.shape)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return 5 * g
+
+    x = torch.ones(6)
+    noisy = vmap(Noisy.apply, randomness="different")
+    assert noisy(x).unique().numel() == 6
+    torch.testing.assert_close(grad(lambda x: noisy(x).sum())(x), 5 * x)
+    with pytest.raises(RuntimeError, match="randomness='error'"):
+        grad(lambda x: vmap(Noisy.apply)(x).sum())(x)
+
+
+def test_no_loop_and_no_warning(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vmap(grad(lambda x: NumpyMul.apply(x, x)))(x)

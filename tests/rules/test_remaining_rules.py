@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
-from tests.support.ops import batch
+from tests.support import ops
 from tests.support.oracles import loop_vmap
 
 aten = torch.ops.aten
@@ -30,6 +30,10 @@ def rand(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def ints(high: int, *sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.randint(high, sizes, generator=torch.Generator().manual_seed(sum(sizes))).to(dtype)
+
+
+def batch(x: Tensor, dim: int, size: int = 3) -> Tensor:
+    return ops.batch(x, dim, size)
 
 
 def flat(f: Callable[..., object]) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,9 +1,15 @@
-"""Every operator that vmap does not run as others, with the reason. The tests fail if an entry is not needed."""
+"""Every operator that vmap does not run as others, with the reason. The tests fail if an entry is not needed.
+
+An entry names an operator, or one form of it as in "narrow (jvp)".
+"""
 
 from __future__ import annotations
 
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
+
+#: With randomness="same" the numbers are not those of a single example: the kernel draws none for positive elements.
+OTHER_NUMBERS = {"nn.functional.rrelu"}
 
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
@@ -19,6 +25,8 @@ CONTIGUOUS_ONLY = {
 _DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
+_DISTRIBUTION = "randomness='same' with a distribution that differs between examples"
+_MASK = "a mask is drawn into a tensor that is not batched"
 
 #: Samples that raise our error, and why.
 REFUSED = {
@@ -33,6 +41,7 @@ REFUSED = {
     "bincount": _DATA_DEPENDENT_SHAPE,
     "nonzero": _DATA_DEPENDENT_SHAPE,
     "argwhere": _DATA_DEPENDENT_SHAPE,
+    "index_fill (vjp)": "whether an index repeats is a Python value",
     "nn.functional.one_hot": _DATA_DEPENDENT_SHAPE,
     "nn.functional.ctc_loss": "the size of its workspace depends on the lengths, which are data",
     "nn.functional.gaussian_nll_loss": "it checks with a Python `if` that the variance is not negative",
@@ -42,14 +51,28 @@ REFUSED = {
     "nn.functional.batch_norm": _STATISTICS,
     "nn.functional.instance_norm": _STATISTICS,
     "tensor_split": "indices that differ between examples give pieces of different sizes",
+    "narrow (vjp)": "a start that is a tensor becomes a Python value before the derivative is recorded",
+    "narrow (jvp)": "a start that is a tensor becomes a Python value before the derivative is recorded",
     "index_put": "values at a mask that differs between examples are of different number",
     "resize_": "it gives a tensor another shape in place",
     "resize_as_": "it gives a tensor another shape in place",
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
+    "bernoulli": _DISTRIBUTION,
+    "multinomial": _DISTRIBUTION,
+    "normal": _DISTRIBUTION,
+    "normal.number_mean": _DISTRIBUTION,
+    "nn.functional.dropout2d (jvp)": _MASK,
+    "nn.functional.multi_head_attention_forward": _MASK,
+    "nn.functional.rrelu": _MASK,
+    "nn.functional.cosine_similarity (jvp)": "the formula writes batched values into a tensor that is not batched",
+    "nn.functional.linear_cross_entropy.chunked_none (vjp)": "it writes batched values into a tensor it has made",
 }
 
 _SCALAR_LOGITS = "a scalar in the place of a row of logits raises PyTorch's error about its dimensions"
 _EMPTY_BATCH = "the kernel refuses an empty batch"
+_NO_FIRST_EXAMPLE = "randomness='same' takes the shape from the first example of an empty batch"
+_COUNTED_WRITE = "the derivative meets a saved tensor that the rule has written into"
+_SCALAR_WINDOW = "windows of a scalar"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
@@ -57,21 +80,45 @@ FAILING = {
     "nn.functional.multilabel_margin_loss": _SCALAR_LOGITS,
     "_chunk_cat": _EMPTY_BATCH,
     "_segment_reduce.lengths": _EMPTY_BATCH,
+    "cauchy": _NO_FIRST_EXAMPLE,
+    "exponential": _NO_FIRST_EXAMPLE,
+    "geometric": _NO_FIRST_EXAMPLE,
+    "log_normal": _NO_FIRST_EXAMPLE,
+    "uniform": _NO_FIRST_EXAMPLE,
+    "normal.in_place": _NO_FIRST_EXAMPLE,
+    "rand_like": _NO_FIRST_EXAMPLE,
+    "randint_like": _NO_FIRST_EXAMPLE,
+    "randn_like": _NO_FIRST_EXAMPLE,
+    "nn.functional.dropout2d": _NO_FIRST_EXAMPLE,
+    "nn.functional.dropout3d": _NO_FIRST_EXAMPLE,
+    "nn.functional.multi_head_attention_forward": _NO_FIRST_EXAMPLE,
+    "nn.functional.rrelu": _NO_FIRST_EXAMPLE,
+    "native_batch_norm (vjp)": _COUNTED_WRITE,
+    "nn.functional.batch_norm (vjp)": _COUNTED_WRITE,
+    "nn.functional.instance_norm (vjp)": _COUNTED_WRITE,
+    "nn.functional.fractional_max_pool2d (vjp)": "the kernel reads indices that are not contiguous",
+    "nn.functional.glu (jvp)": "its formula counts the dimension in the batch",
+    "unfold (vjp)": _SCALAR_WINDOW,
+    "unfold_copy (vjp)": _SCALAR_WINDOW,
+    "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
 }
 
 #: Operators that run once for each example, with the warning. A new release of PyTorch shows its new ones here.
 LOOPING = {
     "nn.functional.linear_cross_entropy.chunked",
-    "nn.functional.linear_cross_entropy.chunked_none",
+    "nn.functional.linear_cross_entropy.chunked_none (function)",
     "histogram",
     "histogramdd",
     "histc",
     "nonzero_static",
     "hash_tensor",
+    "masked_scatter (vjp)",
+    "nn.functional.ctc_loss (vjp)",
+    "nn.functional.pdist (vjp)",
 }
 
 #: ATen operators that run once for each example, by the reason: those of the names above, and others that few programs
-#: call. `out=` forms run as their functional siblings do.
+#: call.
 LOOPING_ATEN = {
     "the random numbers of one call depend on the state of a generator or key": [
         "_fill_mem_eff_dropout_mask_",
@@ -135,16 +182,19 @@ LOOPING_ATEN = {
         "miopen_ctc_loss",
         "miopen_ctc_loss.Tensor",
     ],
-    "optimizer and loss scaling steps, of which there is one for all examples": [
-        "_amp_foreach_non_finite_check_and_unscale",
-        "_amp_foreach_non_finite_check_and_unscale_",
-        "_amp_update_scale",
-        "_amp_update_scale_",
-        *(
-            f"_fused_{name}"
-            for algorithm in ("adagrad", "adam", "adamw", "sgd")
-            for name in (algorithm, f"{algorithm}.tensor_lr", f"{algorithm}_", f"{algorithm}_.tensor_lr")
-        ),
+    "`out=` forms of operators that have no form without": [
+        "_amp_foreach_non_finite_check_and_unscale.out",
+        "_amp_update_scale.out",
+        "_fused_adagrad.out",
+        "_fused_adagrad.tensor_lr_out",
+        "_fused_adam.out",
+        "_fused_adam.tensor_lr_out",
+        "_fused_adamw.out",
+        "_fused_adamw.tensor_lr_out",
+        "_fused_sgd.out",
+        "_fused_sgd.tensor_lr_out",
+        "_slow_conv2d_backward.grad_input",
+        "adaptive_avg_pool3d_backward.grad_input",
     ],
     "observers, which write their statistics": [
         "_fused_moving_avg_obs_fq_helper",
@@ -180,6 +230,8 @@ LOOPING_ATEN = {
     "sparse and ragged layouts that are the same for all examples": [
         "_convert_indices_from_csr_to_coo",
         "_jagged_to_padded_dense_forward",
+        "_nested_tensor_from_mask",
+        "_pack_padded_sequence",
         "_padded_dense_to_jagged_forward",
         "_sparse_mm_reduce_impl",
         "_sparse_mm_reduce_impl_backward",
@@ -195,7 +247,12 @@ LOOPING_ATEN = {
         "histogram.bin_ct",
         "histogram.bins_tensor",
     ],
-    "whole-tensor operators of which the kernel knows no dimension": ["hash_tensor", "nonzero_static"],
+    "whole-tensor operators of which the kernel knows no dimension": [
+        "hash_tensor",
+        "masked_scatter_backward",
+        "nonzero_static",
+        "searchsorted.Scalar",
+    ],
     "steps of operators that have a rule, or of functionalization": [
         "_cummax_helper",
         "_cummin_helper",

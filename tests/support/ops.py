@@ -1,16 +1,13 @@
-"""Operators and arguments to test them with: PyTorch's own samples, made into batches.
-
-A sample is one call, `op(input, *args, **kwargs)`. A case is a function of the sample's tensors together with a
-choice of which of them are batched, and where.
-"""
+"""Operators and arguments to test them with: PyTorch's own samples, and batches of variations of them."""
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterator
+import random
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +15,11 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree
 
-#: FUNCTORCH_LITE_SWEEP=full takes every sample, dtype and place of the batch dimension.
-FULL = os.environ.get("FUNCTORCH_LITE_SWEEP") == "full"
-BATCH_SIZE = 3
+T = TypeVar("T")
+
 DTYPES = (torch.float64, torch.int64, torch.complex64, torch.bool, torch.float32, torch.bfloat16)
-SAMPLES = None if FULL else 3
+#: Derivatives are compared in the first that an operator has; with all samples, in complex numbers too.
+DERIVATIVE_DTYPES = (torch.float64, torch.complex128, torch.float32)
 #: Larger samples exercise no other code.
 LARGEST = 20_000
 
@@ -36,32 +33,46 @@ OPS: dict[str, OpInfo] = {name_of(op): op for op in op_db}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison: ``func`` of ``args``, mapped over ``in_dims``."""
+class Extent:
+    """How much to run. None: everything there is."""
 
-    label: str
-    func: Callable[..., list[Tensor]]
-    args: list[Tensor]
-    in_dims: tuple[int | None, ...]
-    example: list[Tensor]
+    samples: int | None
+    places: int | None
+    dtypes: int | None
 
 
-def dtypes_of(op: OpInfo) -> list[torch.dtype]:
-    """The dtypes to test: in a short run the first two that the operator supports."""
-    supported = [dtype for dtype in DTYPES if dtype in op.dtypes]
-    return supported if FULL else supported[:2]
+SHORT = Extent(samples=3, places=4, dtypes=2)
+FULL = Extent(None, None, None)
 
 
-def samples_of(op: OpInfo, dtype: torch.dtype) -> Iterator[SampleInput]:
-    """Samples, in a short run those that differ in the ranks of their tensors or in keyword arguments first."""
+def pick(items: Sequence[T], number: int | None, key: str) -> list[T]:
+    """The first item and ``number`` - 1 of the others, which depend on nothing but ``key``."""
+    if number is None or len(items) <= number:
+        return list(items)
+    return [items[0], *random.Random(zlib.crc32(key.encode())).sample(items[1:], number - 1)]
+
+
+def dtypes_of(op: OpInfo, form: str, extent: Extent) -> list[torch.dtype]:
+    """The dtypes to test the operator with, in one of its forms."""
+    return pick([dtype for dtype in DTYPES if dtype in op.dtypes], extent.dtypes, f"{name_of(op)} {form}")
+
+
+def derivative_dtypes_of(op: OpInfo, extent: Extent) -> list[torch.dtype]:
+    """The dtypes to test the derivatives of the operator with."""
+    supported = [dtype for dtype in DERIVATIVE_DTYPES if dtype in op.supported_backward_dtypes("cpu")]
+    return supported[: 1 if extent.dtypes or torch.complex128 not in supported else 2]
+
+
+def samples_of(op: OpInfo, dtype: torch.dtype, requires_grad: bool, number: int | None) -> Iterator[SampleInput]:
+    """Samples; if only a ``number`` is asked for, those first that differ in ranks or keyword arguments."""
     torch.manual_seed(0)
-    samples = iter(op.sample_inputs("cpu", dtype, requires_grad=False))
-    if SAMPLES is None:
+    samples = iter(op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+    if number is None:
         yield from samples
         return
     first, others = {}, []
-    for sample in itertools.islice(samples, 24):
-        tensors = [x for x in _leaves(sample) if isinstance(x, Tensor)]
+    for sample in itertools.islice(samples, 8 * number):
+        tensors = tensors_of(sample)
         if sum(x.numel() for x in tensors if x.layout == torch.strided) > LARGEST:
             continue
         kind = (tuple(x.dim() for x in tensors), tuple(sorted(sample.kwargs)))
@@ -69,11 +80,14 @@ def samples_of(op: OpInfo, dtype: torch.dtype) -> Iterator[SampleInput]:
             others.append(sample)
         else:
             first[kind] = sample
-    yield from itertools.islice([*first.values(), *others], SAMPLES)
+    yield from itertools.islice([*first.values(), *others], number)
 
 
-def _leaves(sample: SampleInput) -> list[Any]:
-    return _pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
+def tensors_of(structure: Any) -> list[Tensor]:
+    """All tensors of a sample or of another structure."""
+    if isinstance(structure, SampleInput):
+        structure = (structure.input, structure.args, structure.kwargs)
+    return [x for x in _pytree.tree_leaves(structure) if isinstance(x, Tensor)]
 
 
 def _vary(x: Tensor, i: int, mildly: bool) -> Tensor:
@@ -85,76 +99,9 @@ def _vary(x: Tensor, i: int, mildly: bool) -> Tensor:
     return x.clone()
 
 
-def batch(x: Tensor, dim: int, size: int = BATCH_SIZE, mildly: bool = False) -> Tensor:
+def batch(x: Tensor, dim: int, size: int, mildly: bool = False) -> Tensor:
     """Stack ``size`` variations of ``x`` along ``dim``. Mild ones differ at most by a factor."""
     if size == 0:
-        return x.new_empty((0, *x.shape))
+        return x.new_empty((*x.shape[:dim], 0, *x.shape[dim:]))
     # The batch dimension is not merely renamed: in memory it is where the index says.
     return torch.stack([_vary(x, i, mildly) for i in range(size)], dim)
-
-
-def _choices(args: list[Tensor], sample_index: int) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-    """Which arguments are batched, and along which dimension."""
-    ranks = [x.dim() for x in args]
-    seen = set()
-    places: list[tuple[str, Callable[[int], int]]] = [
-        ("first", lambda _: 0),
-        ("middle", lambda rank: (rank + 1) // 2),
-        ("last", lambda rank: rank),
-    ]
-    wanted = [(f"all {place}", tuple(where(r) for r in ranks)) for place, where in places]
-    wanted.append(("mixed", tuple(r if i % 2 else 0 for i, r in enumerate(ranks))))
-    for i in range(len(args)):
-        for place, where in places if FULL else [places[sample_index % 3]]:
-            wanted.append((f"only {i} {place}", tuple(where(r) if k == i else None for k, r in enumerate(ranks))))
-    for label, dims in wanted:
-        if dims not in seen:
-            seen.add(dims)
-            yield label, dims
-
-
-def cases_of(op: OpInfo, dtype: torch.dtype, in_place: bool = False) -> Iterator[list[Case]]:
-    """For each sample and place of the batch dimension, the same case in order of preference.
-
-    The second one has milder variations, for operators that are strict about their arguments.
-    """
-    variant = op.inplace_variant if in_place else op
-    if variant is None:
-        return
-    for index, sample in enumerate(samples_of(op, dtype)):
-        if in_place and (sample.broadcasts_input or not isinstance(sample.input, Tensor)):
-            continue
-        leaves, spec = _pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
-        positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        example = [leaves[i].detach() for i in positions]
-        if not positions or any(x.layout != torch.strided or x.is_quantized for x in example):
-            continue
-
-        def func(*tensors: Tensor, leaves=leaves, spec=spec, positions=positions) -> list[Tensor]:
-            values = list(leaves)
-            for i, x in zip(positions, tensors, strict=True):
-                values[i] = x
-            first, args, kwargs = _pytree.tree_unflatten(values, spec)
-            if in_place:
-                first = first.clone()
-                result = variant(first, *args, **kwargs)
-                return [first, *(y for y in _pytree.tree_leaves(result) if isinstance(y, Tensor))]
-            # Operators that write into an argument get a copy of it.
-            return [y for y in _pytree.tree_leaves(variant(first, *args, **kwargs)) if isinstance(y, Tensor)]
-
-        for label, dims in _choices(example, index):
-            if in_place and dims[0] is None:
-                continue
-            yield [
-                Case(
-                    f"sample {index}, {label}{' in place' * in_place}",
-                    func,
-                    [x if d is None else batch(x, d, mildly=mildly) for x, d in zip(example, dims, strict=True)],
-                    dims,
-                    example,
-                )
-                for mildly in (False, True)
-            ]
-        if index == 0:
-            empty = [batch(x, 0, 0) for x in example]
-            yield [Case(f"sample {index}, empty batch", func, empty, (0,) * len(example), example)]

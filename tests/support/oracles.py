@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 
@@ -44,6 +45,26 @@ def loop_vmap(
             raise ShapesDiffer([y.shape for y in column])
         stacked.append(torch.stack([y.resolve_conj().resolve_neg() for y in column]))
     return stacked
+
+
+def plain_vjp(
+    func: Callable[..., list[Tensor]], primals: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """The outputs of ``func`` and the cotangents of the primals, with torch.autograd."""
+    leaves = [x.detach().requires_grad_() for x in primals]
+    outputs = func(*leaves)
+    grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+    return [*(y.detach() for y in outputs), *grads]
+
+
+def plain_jvp(func: Callable[..., list[Tensor]], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of ``func`` and their tangents, with PyTorch's forward mode."""
+    with forward_ad.dual_level():
+        outputs = func(*[forward_ad.make_dual(x.detach(), v) for x, v in zip(primals, tangents, strict=True)])
+        duals = [forward_ad.unpack_dual(y) for y in outputs]
+    values = [dual.primal for dual in duals]
+    # Tangents may share memory with what was given.
+    return [*values, *(torch.zeros_like(x) if v is None else v.clone() for x, v in duals)]
 
 
 def finite_difference_jvp(

@@ -272,15 +272,23 @@ PYTHON_VALUE = {
     "index of a list": lambda x: [1, 2][x[0].long()],
     "slice": lambda x: x[: x[0].long()],
     "sorted": lambda x: sorted(x),
-    "allclose": lambda x: torch.allclose(x, x),
+    "allclose": lambda x: torch.allclose(x, torch.ones(3)),
+    "equal": lambda x: torch.equal(x, torch.ones(3)),
+    "any": lambda x: x if (x > 1).any().item() else -x,
+    "empty batch": lambda x: vmap(lambda y: y if y > 0 else -y)(x[:0]),
 }
 
 
 @pytest.mark.parametrize("name", PYTHON_VALUE)
 def test_python_values_of_a_batch(name):
+    two = torch.tensor([[1.0, 1.0, 1.0], [2.0, -3.0, 0.0]])
     refused(
-        lambda: vmap(PYTHON_VALUE[name])(M), NotImplementedError, "vmap: aten::", "test_messages.py:", "torch.where"
+        lambda: vmap(PYTHON_VALUE[name])(two), NotImplementedError, "vmap: aten::", "test_messages.py:", "torch.where"
     )
+
+
+def test_truth_of_several_elements():
+    refused(lambda: vmap(lambda x: x if x > 0 else -x)(M), RuntimeError, "of shape [3] is ambiguous")
 
 
 DATA_DEPENDENT = {
@@ -326,17 +334,21 @@ def test_other_things_that_pytorch_refuses_inside():
 
 
 WRITES = {
-    "add_": lambda x: torch.zeros(3).add_(x),
-    "copy_": lambda x: torch.zeros(3).copy_(x),
-    "index": lambda x: torch.zeros(3).__setitem__(0, x[0]),
-    "out": lambda x: torch.sin(x, out=torch.empty(3)),
+    "add_": lambda x: CAPTURED.add_(x),
+    "copy_": lambda x: CAPTURED.copy_(x),
+    "index": lambda x: CAPTURED.__setitem__(0, x[0]),
+    "out": lambda x: torch.sin(x, out=CAPTURED),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_writes_of_a_batch_into_what_is_none(name):
     refused(
-        lambda: vmap(WRITES[name])(M), ValueError, "vmap: the in-place operator aten::", "x.new_zeros(...)", "shape ["
+        lambda: vmap(WRITES[name])(M),
+        ValueError,
+        "vmap: the in-place operator aten::",
+        "writes batched values into `CAPTURED`, a tensor from outside the mapped function (shape [",
+        "CAPTURED = CAPTURED.clone()",
     )
 
 
@@ -372,7 +384,7 @@ def test_writes_into_captured_tensors(name):
     ),
     (
         "rrelu_",
-        lambda: vmap(lambda x: torch.rrelu_(torch.zeros(3), training=True), randomness="different")(M),
+        lambda: vmap(lambda x: torch.rrelu_(CAPTURED, training=True), randomness="different")(M),
         NotImplementedError,
         ("rrelu_", "its own copy"),
     ),
