@@ -135,6 +135,8 @@ void register_batching_rules() {
   add_factory_rules(rules);
   add_matmul_rules(rules);
   add_indexing_rules(rules);
+  add_data_dependent_rules(rules);
+  add_histogram_rules(rules);
   add_random_rules(rules);
   add_convolution_rules(rules);
   add_pooling_rules(rules);

@@ -36,9 +36,10 @@ at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
   return at::bmm(matrix, vector.unsqueeze(-1)).squeeze(-1);
 }
 
-// A number times x in the dtype of x: the fused operators truncate it for integers.
+// A number times x in the dtype of x: the fused operators convert it for integers and booleans.
 at::Tensor scaled(const at::Tensor& x, const at::Scalar& number) {
   if (number.equal(1)) return x;
+  if (x.scalar_type() == c10::kBool) return at::mul(x, at::Scalar(number.toDouble() != 0));
   return at::mul(x, c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) ? at::Scalar(number.toLong()) : number);
 }
 
@@ -46,7 +47,8 @@ at::Tensor scaled(const at::Tensor& x, const at::Scalar& number) {
 at::Tensor add_scaled(BatchCall& call, const at::Tensor& product, int64_t rank) {
   const auto result = scaled(product, call.arg("alpha").toScalar());
   const auto beta = call.arg("beta").toScalar();
-  if (beta.equal(0)) return result;
+  // The product alone has no batch if only the bias has one.
+  if (beta.equal(0)) return result.dim() == rank ? expand_batch(result, call.batch_size()) : result;
   return result + scaled(call.to_front(0, rank), beta);
 }
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
 from tests.support import ops
-from tests.support.ops import BATCH_SIZE
+BATCH_SIZE = 3
 from tests.support.oracles import loop_vmap
 
 _DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"

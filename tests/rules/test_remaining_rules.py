@@ -317,7 +317,7 @@ REFUSALS = {
     ),
     "sparse": (lambda x: x.to_sparse(), "Convert outside vmap"),
     "sparse parts": (lambda x: x.values(), "has no sparse parts"),
-    "nested": (lambda x: torch._nested_tensor_size(x), "padded tensor with a mask"),
+    "nested": (lambda x: aten._nested_tensor_size(x), "padded tensor with a mask"),
     "internal": (lambda x: torch.ops.aten.mkldnn_linear(x, x), "internal to one of PyTorch's backends"),
     "memory": (lambda x: aten.set.source_Tensor(x, x), "out-of-place form"),
 }
