@@ -282,6 +282,16 @@ Family forbid(const char* advice) {
           advice};
 }
 
+bool any_batched(const c10::IValue* values, size_t n) {
+  const auto& level = current_vmap_level();
+  bool any = false;
+  for_each_tensor(values, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = wrapper_at(tensor, &level);
+    any |= wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
+  });
+  return any;
+}
+
 int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }
 
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {

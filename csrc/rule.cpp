@@ -60,9 +60,8 @@ void enter(const c10::OperatorHandle& op, const Family& family, RuleTable::Here 
 template <class MakeKernel>
 void add_rows(const Family& family, const std::vector<const char*>& operators, RuleTable::Here here,
               MakeKernel&& make_kernel) {
-  for (const std::string full : operators) {
-    const auto dot = full.find('.');
-    const c10::OperatorName name{"aten::" + full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)};
+  for (const auto* operator_name : operators) {
+    const auto name = aten_name(operator_name);
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (op.has_value()) {
       enter(*op, family, here, make_kernel(*op));
@@ -148,6 +147,7 @@ void register_batching_rules() {
   add_python_value_rules(rules);
   add_foreach_rules(rules);
   add_optimizer_rules(rules);
+  add_recurrent_rules(rules);
   add_remaining_rules(rules);
   add_default_rows(rules);
 }

@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "../fallback.h"
+#include "../plain_compositions.h"
 #include "data_dependent.h"
 #include "rules.h"
 
@@ -384,12 +385,13 @@ struct ScatterView {
 }  // namespace
 
 void add_indexing_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : indexing_compositions()) rules.add(composition, {op});
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
   rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl", "_index_put_impl_", "_unsafe_index_put"});
   rules.add(expanded_along({"dim"}),
-            {"scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
-             "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
-             "scatter_reduce.two", "scatter_reduce_.two"});
+            {"scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce", "scatter_.reduce",
+             "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_", "scatter_reduce.two",
+             "scatter_reduce_.two"});
   rules.add(&gather_rule, {"gather"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});

@@ -156,8 +156,10 @@ void linear_rule(BatchCall& call) {
   } else if (call.is_batched(0)) {
     y = rows_product(x, call.to_front(1).transpose(1, 2));
   } else {
-    const auto weight = pad_rank(call.to_front(1), rank).transpose(-1, -2);
-    y = at::matmul(x, weight);
+    // The rows of x as one matrix: matmul would copy the weight for every index in front of them.
+    const int64_t first = call.is_batched(0) ? 1 : 0;
+    const auto product = at::matmul(x.flatten(first, -2), call.to_front(1).transpose(-1, -2));
+    y = product.unflatten_symint(1, x.sym_sizes().slice(first, rank - 1));
   }
   if (call.is_tensor(2)) y = y + call.to_front(2, rank);
   call.set_results(y);

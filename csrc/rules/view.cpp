@@ -132,8 +132,8 @@ void as_strided_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid out
-// as before.
+// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid
+// out as before.
 void as_strided_scatter_rule(BatchCall& call) {
   const auto x = call.expand_to_front(0);
   const auto& src = call.expand_to_front(1);

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 
 from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
 from tests.support import ops
+
 BATCH_SIZE = 3
 from tests.support.oracles import loop_vmap
 
