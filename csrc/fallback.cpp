@@ -12,6 +12,7 @@
 #include <functional>
 
 #include "batch_call.h"
+#include "generators.h"
 #include "keys.h"
 #include "out_forms.h"
 #include "rule.h"
@@ -94,41 +95,10 @@ at::Tensor stack_examples(const c10::OperatorHandle& op, const std::vector<Stack
 
 void loop(const c10::OperatorHandle& op, Stack& stack) {
   const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
-  if (is_random) {
-    check_randomness(op, current_vmap_level());
-    if (current_vmap_level().randomness() == VmapLevel::Randomness::kSame) {
-      refuse_operator(op, "It has no rule for randomness='same'. Pass randomness='different' to vmap.");
-    }
-  }
+  if (is_random) check_randomness(op, current_vmap_level());
   python_hooks().warn_loop(op.operator_name());
   BatchCall call(op, stack);
-  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
-  const bool empty_batch = batch_size == 0;
-  std::vector<Stack> examples;
-  if (empty_batch) examples.push_back(run_example_of_empty_batch(call));
-  for (int64_t i = 0; i < batch_size; ++i) {
-    examples.push_back(
-        slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) { return at::select(x, bdim, i); }));
-    op.callBoxed(&examples.back());
-  }
-  Stack results;
-  for (size_t r = 0; r < op.schema().returns().size(); ++r) {
-    const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
-    const auto& first = result(examples[0]);
-    if (first.isTensor()) {
-      results.emplace_back(first.toTensor().defined() ? stack_examples(op, examples, empty_batch, result)
-                                                      : at::Tensor());
-    } else {
-      std::vector<at::Tensor> list;
-      for (size_t k = 0; k < first.toListRef().size(); ++k) {
-        list.push_back(stack_examples(op, examples, empty_batch,
-                                      [&](const Stack& example) { return result(example).toListRef()[k]; }));
-      }
-      results.emplace_back(list);
-    }
-  }
-  call.take_results(std::move(results));
-  call.finish();
+  is_random ? draw_each_example(call) : run_each_example(call);
 }
 
 constexpr const char* kPythonValue =
@@ -194,6 +164,37 @@ Plan plan_of(const c10::OperatorHandle& op) {
             row->advice == nullptr ? row->family : row->advice};
   }
   return plan_without_rule(op);
+}
+
+void run_each_example(BatchCall& call, const std::function<void(int64_t example)>& before_each) {
+  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
+  const bool empty_batch = batch_size == 0;
+  std::vector<Stack> examples;
+  if (empty_batch) examples.push_back(run_example_of_empty_batch(call));
+  for (int64_t i = 0; i < batch_size; ++i) {
+    if (before_each) before_each(i);
+    examples.push_back(
+        slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) { return at::select(x, bdim, i); }));
+    call.op().callBoxed(&examples.back());
+  }
+  Stack results;
+  for (size_t r = 0; r < call.schema().returns().size(); ++r) {
+    const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
+    const auto& first = result(examples[0]);
+    if (first.isTensor()) {
+      results.emplace_back(first.toTensor().defined() ? stack_examples(call.op(), examples, empty_batch, result)
+                                                      : at::Tensor());
+    } else {
+      std::vector<at::Tensor> list;
+      for (size_t k = 0; k < first.toListRef().size(); ++k) {
+        list.push_back(stack_examples(call.op(), examples, empty_batch,
+                                      [&](const Stack& example) { return result(example).toListRef()[k]; }));
+      }
+      results.emplace_back(list);
+    }
+  }
+  call.take_results(std::move(results));
+  call.finish();
 }
 
 void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {

@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <functional>
+
 namespace functorch_lite {
 
+class BatchCall;
 class VmapLevel;
 
 // Raises: vmap cannot run `op` on batched values.
@@ -20,6 +23,9 @@ int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes);
 
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
+
+// Calls the operator once for each example and stacks the results, with the batch in front.
+void run_each_example(BatchCall& call, const std::function<void(int64_t example)>& before_each = nullptr);
 
 // How vmap runs an operator on batched values.
 enum class Handling : uint8_t {

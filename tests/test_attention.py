@@ -458,6 +458,8 @@ def test_encoder_with_nested_tensors():
 def test_encoder_asks_whether_a_mask_is_causal():
     model, x, scores = encoder(), rand(B, N, T, E), torch.rand(B, T, T) > 0.6
     scores[..., 0] = False
+    compare_module([model] * B, lambda m, x, a: m(x, mask=a), (x, scores), (False, True, True))
+    scores[0] = torch.ones(T, T).triu(1).bool()
     with pytest.raises(NotImplementedError, match="It turns tensor values into Python values"):
         vmap(lambda x, a: model(x, mask=a))(x, scores)
     compare_module([model] * B, lambda m, x, a: m(x, mask=a, is_causal=False), (x, scores), (False, True, True))

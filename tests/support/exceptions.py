@@ -120,7 +120,7 @@ LOOPING = {
 #: ATen operators that run once for each example, by the reason: those of the names above, and others that few programs
 #: call.
 LOOPING_ATEN = {
-    "the random numbers of one call depend on the state of a generator or key": [
+    "the random numbers come from a key that is an argument, or are a mask of one kernel": [
         "_fill_mem_eff_dropout_mask_",
         "_philox_key_fold_in",
         "_philox_key_split",
@@ -128,17 +128,6 @@ LOOPING_ATEN = {
         "_philox_normal_",
         "_philox_uniform",
         "_philox_uniform_",
-        "bernoulli.Tensor",
-        "bernoulli_.Tensor",
-        "normal_functional",
-        "randint_like.Tensor",
-        "randint_like.Tensor_generator",
-        "randint_like.generator",
-        "randint_like.low_generator_dtype",
-        "random",
-        "random.from",
-        "random.to",
-        "rrelu_with_noise_functional",
     ],
     "attention kernels of single backends": [
         "_cudnn_attention_backward",
