@@ -21,13 +21,19 @@ c10::SymInt elements_per_example(const at::Tensor& x) {
   return n;
 }
 
+std::vector<int64_t> behind_batch(const at::Tensor& x) {
+  std::vector<int64_t> dims;
+  for (int64_t d = 1; d < x.dim(); ++d) dims.push_back(d);
+  return dims;
+}
+
 // x[B,*] -> y[B]
-at::Tensor sum_examples(const at::Tensor& x) { return x.dim() == 1 ? x : x.flatten(1).sum(1); }
+at::Tensor sum_examples(const at::Tensor& x) { return x.dim() == 1 ? x : x.sum(behind_batch(x)); }
 
 // loss[B,*], reduction -> y[B,*] or y[B]
 at::Tensor reduce_examples(const at::Tensor& loss, int64_t reduction) {
   if (reduction == at::Reduction::None || loss.dim() == 1) return loss;
-  return reduction == at::Reduction::Mean ? loss.flatten(1).mean(1) : sum_examples(loss);
+  return reduction == at::Reduction::Mean ? loss.mean(behind_batch(loss)) : sum_examples(loss);
 }
 
 // The kernels compute without reduction: x[B?,*], target[B?,*], weights[B?,*] -> loss[B,*].

@@ -83,6 +83,24 @@ void batch_norm_rule(BatchCall& call) {
                      expand_batch(stack[2].toTensor(), call.batch_size()));
     return call.finish();
   }
+  const bool only_input = !is_batched(call, "running_mean") && !is_batched(call, "running_var") &&
+                          !is_batched(call, "weight") && !is_batched(call, "bias");
+  if (!training && only_input) {
+    // One scale for each channel, whatever image it is in: x[B*N,c,*].
+    const auto x = call.position("input");
+    Stack stack{fold_batch(call.tensor(x), call.bdim(x), 0),
+                call.arg("weight"),
+                call.arg("bias"),
+                call.arg("running_mean"),
+                call.arg("running_var"),
+                training,
+                momentum,
+                eps};
+    native.callBoxed(&stack);
+    return with_reserve(unfold_batch(stack[0].toTensor(), 0, call.batch_size()),
+                        expand_batch(stack[1].toTensor(), call.batch_size()),
+                        expand_batch(stack[2].toTensor(), call.batch_size()));
+  }
   const auto mean = fold_parameter(call, "running_mean");
   const auto var = fold_parameter(call, "running_var");
   Stack stack{fold_channels(call, "input"),
