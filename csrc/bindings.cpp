@@ -216,10 +216,15 @@ PYBIND11_MODULE(_C, m) {
       .value("error", VmapLevel::Randomness::kError)
       .value("same", VmapLevel::Randomness::kSame)
       .value("different", VmapLevel::Randomness::kDifferent);
+  py::class_<Chunks, c10::intrusive_ptr<Chunks>>(m, "Chunks")
+      .def(py::init<int64_t, std::vector<at::Generator>>())
+      .def("begin", &Chunks::begin);
   py::class_<VmapLevel, Level, c10::intrusive_ptr<VmapLevel>>(m, "VmapLevel")
-      .def(py::init<c10::SymInt, VmapLevel::Randomness>())
+      .def(py::init<c10::SymInt, VmapLevel::Randomness, c10::intrusive_ptr<Chunks>>(), py::arg("batch_size"),
+           py::arg("randomness"), py::arg("chunks") = c10::intrusive_ptr<Chunks>())
       .def_property_readonly("batch_size", &VmapLevel::batch_size)
       .def_property_readonly("randomness", &VmapLevel::randomness)
+      .def_property_readonly("chunks", &VmapLevel::chunks)
       .def("lift", &lift_batched)
       .def("unwrap", &unwrap_batched);
   py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")

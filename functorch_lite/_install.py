@@ -29,7 +29,7 @@ check_torch_version(_built_for(), torch.__version__)
 
 def connect() -> None:
     """Give the extension the Python functions that it calls."""
-    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _repr
+    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
 
     _C.set_python_side(
         _decompose.install_decomposition,
@@ -39,5 +39,6 @@ def connect() -> None:
         _checks.EscapedTensorError,
     )
     _repr.install()
+    _new.install()
     _custom_function.install()
     _library_rules.install()

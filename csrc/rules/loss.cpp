@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "../plain_compositions.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -293,6 +294,7 @@ void ctc_loss_backward_rule(BatchCall& call) {
 }  // namespace
 
 void add_loss_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : loss_compositions()) rules.add(composition, {op});
   rules.add(&elementwise_loss_rule, {"mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
                                      "binary_cross_entropy_with_logits", "soft_margin_loss"});
   rules.add(&elementwise_loss_backward_rule, {"mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
