@@ -255,7 +255,7 @@ void choose_plain(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* sta
   choose_plain_attention(op, *stack);
 }
 void run_plain_composition(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  find_plain_composition(op.operator_name().name)(op, *stack);
+  find_plain_composition(op.operator_name())(op, *stack);
 }
 
 // kBelowAutograd is a backend key, where kernels shared by all backends would win over a fallback. So the handler
@@ -287,7 +287,7 @@ class Handlers final : public c10::OpRegistrationListener {
   }
   void register_all(const std::vector<c10::OperatorHandle>& operators) {
     for (const auto& op : operators) {
-      if (op.operator_name().overload_name.empty() && find_plain_composition(op.operator_name().name) != nullptr) {
+      if (find_plain_composition(op.operator_name()) != nullptr) {
         add(op, kAutograd, c10::KernelFunction::makeFromBoxedFunction<&run_plain_composition>());
         continue;
       }

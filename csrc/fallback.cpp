@@ -2,6 +2,7 @@
 #include "fallback.h"
 
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/select.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
@@ -67,9 +68,17 @@ Stack run_example_of_empty_batch(BatchCall& call) {
 }
 
 template <class Pick>
-at::Tensor stack_examples(const std::vector<Stack>& examples, bool empty_batch, Pick&& pick) {
+at::Tensor stack_examples(const c10::OperatorHandle& op, const std::vector<Stack>& examples, bool empty_batch,
+                          Pick&& pick) {
   std::vector<at::Tensor> tensors;
-  for (const auto& example : examples) tensors.push_back(pick(example).toTensor());
+  for (const auto& example : examples) {
+    tensors.push_back(pick(example).toTensor());
+    const auto& [first, last] = std::tie(tensors.front(), tensors.back());
+    if (first.sym_sizes() == last.sym_sizes()) continue;
+    refuse_operator(op, c10::str("The shape of its result depends on the data: it is ", first.sym_sizes(),
+                                 " in example 0 and ", last.sym_sizes(), " in example ", tensors.size() - 1,
+                                 ". Use an operation of fixed shape, for example torch.where, or call it outside vmap."));
+  }
   auto stacked = at::stack(tensors);
   return empty_batch ? stacked.narrow(0, 0, 0) : stacked;
 }
@@ -86,11 +95,6 @@ void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* sta
   if (try_out_form(op, *stack)) return;
   constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, *stack);
-  if (op.hasTag(at::Tag::dynamic_output_shape)) {
-    refuse_operator(op,
-                    "The shape of its result depends on the data, so it would differ between examples. Use an "
-                    "operation of fixed shape, for example torch.where, or call it outside vmap.");
-  }
   if (op.hasTag(at::Tag::data_dependent_output)) refuse_python_value(op);
   if (op.hasTag(at::Tag::inplace_view)) {
     refuse_operator(op,
@@ -131,11 +135,11 @@ void run_each_example(BatchCall& call, const std::function<void(int64_t example)
     const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
     const auto& first = result(examples[0]);
     if (first.isTensor()) {
-      results.emplace_back(first.toTensor().defined() ? stack_examples(examples, empty_batch, result) : at::Tensor());
+      results.emplace_back(first.toTensor().defined() ? stack_examples(call.op(), examples, empty_batch, result) : at::Tensor());
     } else if (first.isTensorList()) {
       std::vector<at::Tensor> list;
       for (size_t k = 0; k < first.toListRef().size(); ++k) {
-        list.push_back(stack_examples(examples, empty_batch,
+        list.push_back(stack_examples(call.op(), examples, empty_batch,
                                       [&](const Stack& example) { return result(example).toListRef()[k]; }));
       }
       results.emplace_back(list);
@@ -157,6 +161,21 @@ void refuse_python_value(const c10::OperatorHandle& op) {
   refuse_operator(op,
                   "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each "
                   "example has another value. Use torch.where in place of `if`, and keep values in tensors.");
+}
+
+int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes) {
+  const auto& values = innermost_value(sizes);
+  if (values.numel() == 0) return 0;
+  const auto [low, high] = at::aminmax(values);
+  const auto smallest = low.item<int64_t>();
+  const auto largest = high.item<int64_t>();
+  if (smallest != largest) {
+    refuse_operator(op, c10::str("The size of its result depends on the data: it is ", smallest,
+                                        " in one example and ", largest,
+                                        " in another, and all must have one shape. Use an operation of fixed shape, "
+                                        "for example torch.where, or call it outside vmap."));
+  }
+  return smallest;
 }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {

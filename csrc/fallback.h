@@ -1,6 +1,7 @@
 // What vmap does with an operator that has no batching rule.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <functional>
@@ -15,6 +16,10 @@ class VmapLevel;
 
 // Raises: the examples have other values, and Python wants one.
 [[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
+
+// The one value of these sizes, which depend on data. Raises if examples differ in it, of whatever vmap; 0 if there are
+// no examples.
+int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes);
 
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);

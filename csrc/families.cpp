@@ -12,10 +12,7 @@
 #include "fallback.h"
 
 namespace functorch_lite {
-namespace {
 
-// Type promotion ranks scalars below tensors with dimensions. A batched scalar has a dimension when the operator
-// runs, so where that would change the common dtype, the arguments are converted to the one user code expects.
 void promote_as_seen(BatchCall& call) {
   at::native::ResultTypeState seen;
   at::native::ResultTypeState physical;
@@ -50,6 +47,8 @@ void promote_as_seen(BatchCall& call) {
     if (call.is_batched(i)) call.arg(i) = call.tensor(i).to(dtype);
   }
 }
+
+namespace {
 
 void run_pointwise(BatchCall& call) {
   int64_t rank = 0;
@@ -126,13 +125,11 @@ struct Along {
   std::vector<size_t> dims;
   bool expands = false;  // every tensor argument has the rank of the first
   void operator()(BatchCall& call) const {
-    bool lent = false;
+    const bool lent = call.rank(0) == 0;
     for (size_t i = 0; i < call.size() && expands; ++i) {
-      if (!call.is_tensor(i)) continue;
-      lent |= call.rank(i) == 0;
-      call.expand_to_front(i, 1);
+      if (call.is_tensor(i)) call.expand_to_front(i, 1);
     }
-    lent |= lend_dimension(call);
+    call.to_front(0, 1);
     for (auto position : dims) shift_dims(call.arg(position), call.rank(0));
     call.call();
     if (lent) take_dimension_back(call);
@@ -277,6 +274,16 @@ Family forbid(const char* advice) {
           }};
 }
 
+bool any_batched(const c10::IValue* values, size_t n) {
+  const auto& level = current_vmap_level();
+  bool any = false;
+  for_each_tensor(values, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = wrapper_at(tensor, &level);
+    any |= wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
+  });
+  return any;
+}
+
 int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }
 
 at::Tensor merge_dims(const at::Tensor& x, int64_t dim) {
@@ -317,11 +324,19 @@ at::Tensor unfold_batch(const at::Tensor& y, int64_t dim, const c10::SymInt& bat
 
 bool finish_without_examples(BatchCall& call) {
   if (call.batch_size() != 0) return false;
+  const auto example = [](const at::Tensor& x, int64_t bdim) {
+    auto sizes = x.sym_sizes().vec();
+    sizes.erase(sizes.begin() + bdim);
+    return at::zeros_symint(sizes, x.options());
+  };
   for (size_t i = 0; i < call.size(); ++i) {
-    if (!call.is_batched(i)) continue;
-    auto sizes = call.tensor(i).sym_sizes().vec();
-    sizes.erase(sizes.begin() + call.bdim(i));
-    call.arg(i) = at::zeros_symint(sizes, call.tensor(i).options());
+    if (call.is_batched(i)) {
+      call.arg(i) = example(call.tensor(i), call.bdim(i));
+    } else if (call.is_list_batched(i)) {
+      size_t k = 0;
+      replace_tensors(&call.arg(i), 1,
+                      [&](const at::Tensor& x) { return call.is_element_batched(i, k++) ? example(x, 0) : x; });
+    }
   }
   call.call();
   for (size_t i = 0; i < call.count_results(); ++i) {

@@ -35,6 +35,13 @@ Family forbid(const char* advice);
 
 // Helpers for single rules.
 
+// Type promotion ranks scalars below tensors with dimensions. A batched scalar has a dimension when the operator
+// runs, so where that would change the common dtype, the arguments are converted to the one user code expects.
+void promote_as_seen(BatchCall& call);
+
+// Whether any tensor of values[0..n) is batched at the current level: for compositions, which see wrappers.
+bool any_batched(const c10::IValue* values, size_t n);
+
 // dim as user code counts it, in a tensor of logical rank `rank` -> in x[B,*].
 int64_t shift_dim(int64_t dim, int64_t rank);
 // x[..,a,b,..] -> x[..,a*b,..], merging dimension `dim` with the one behind it.

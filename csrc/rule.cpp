@@ -58,9 +58,8 @@ void enter(const c10::OperatorHandle& op, const char* family, std::unique_ptr<Ke
 
 template <class MakeKernel>
 void add_rows(const char* family, const std::vector<const char*>& operators, MakeKernel&& make_kernel) {
-  for (const std::string full : operators) {
-    const auto dot = full.find('.');
-    const c10::OperatorName name{"aten::" + full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)};
+  for (const auto* operator_name : operators) {
+    const auto name = aten_name(operator_name);
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (op.has_value()) {
       enter(*op, family, make_kernel(*op));
@@ -128,6 +127,8 @@ void register_batching_rules() {
   add_factory_rules(rules);
   add_matmul_rules(rules);
   add_indexing_rules(rules);
+  add_data_dependent_rules(rules);
+  add_histogram_rules(rules);
   add_random_rules(rules);
   add_convolution_rules(rules);
   add_pooling_rules(rules);
@@ -139,6 +140,7 @@ void register_batching_rules() {
   add_python_value_rules(rules);
   add_foreach_rules(rules);
   add_optimizer_rules(rules);
+  add_recurrent_rules(rules);
   add_default_rows(rules);
 }
 

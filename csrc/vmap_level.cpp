@@ -46,7 +46,9 @@ at::Tensor viewed_argument(const c10::OperatorHandle& op, const c10::IValue* arg
   return {};
 }
 
-bool is_dense(const at::Tensor& tensor) { return tensor.layout() == c10::kStrided && !tensor.is_quantized(); }
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == c10::kStrided && !tensor.is_quantized() && !tensor.is_nested();
+}
 
 bool shares_memory(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   const auto& memory = innermost_value(tensor);

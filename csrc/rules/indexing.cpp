@@ -16,6 +16,8 @@
 #include <ATen/ops/where.h>
 
 #include "../fallback.h"
+#include "../plain_compositions.h"
+#include "data_dependent.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -39,16 +41,35 @@ struct IndexCall {
     for (size_t k = 0; k < given.size(); ++k) {
       if (!given[k].has_value() || !given[k]->defined()) {
         kept.push_back(dim++);
-      } else if (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte) {
-        for (const auto& positions : given[k]->nonzero().unbind(1)) add(positions, false, dim++);
+        continue;
+      }
+      const bool is_batched = call.is_element_batched(1, k);
+      if (is_mask(*given[k])) {
+        check_mask(*given[k], is_batched, dim, k);
+        const auto positions = is_batched ? positions_of_true(call, *given[k]) : given[k]->nonzero();
+        for (const auto& index : positions.unbind(-1)) add(index, is_batched, dim++);
       } else {
-        add(*given[k], call.is_element_batched(1, k), dim++);
+        add(*given[k], is_batched, dim++);
       }
     }
     while (dim < call.rank(0)) kept.push_back(dim++);
     for (size_t k = 0; k < indices.size(); ++k) {
       const auto sizes = indices[k].sym_sizes();
       shape = at::infer_size_symint(shape, batched[k] ? sizes.slice(1) : sizes);
+    }
+  }
+
+  static bool is_mask(const at::Tensor& index) {
+    return index.scalar_type() == c10::kBool || index.scalar_type() == c10::kByte;
+  }
+
+  // A mask stands for as many dimensions of x as it has.
+  void check_mask(const at::Tensor& mask, bool is_batched, int64_t dim, size_t k) const {
+    const auto x = call.tensor(0).sym_sizes().slice(call.is_batched(0) ? 1 : 0);
+    const auto sizes = mask.sym_sizes().slice(is_batched ? 1 : 0);
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      TORCH_CHECK_INDEX(dim + d < x.size() && sizes[d] == x[dim + d], "The shape of the mask ", sizes, " at index ", k,
+                        " does not match the shape of the indexed tensor ", x, " at index ", dim + d);
     }
   }
 
@@ -111,22 +132,7 @@ struct IndexCall {
   }
 };
 
-bool any_mask_batched(BatchCall& call) {
-  const auto given = call.arg(1).toOptionalTensorVector();
-  for (size_t k = 0; k < given.size(); ++k) {
-    if (call.is_element_batched(1, k) &&
-        (given[k]->scalar_type() == c10::kBool || given[k]->scalar_type() == c10::kByte))
-      return true;
-  }
-  return false;
-}
-
 void index_rule(BatchCall& call) {
-  if (any_mask_batched(call)) {
-    refuse_operator(call.op(),
-                    "A boolean mask selects another number of elements in each example. Use torch.where(mask, x, "
-                    "other), which keeps the shape.");
-  }
   const bool has_batch = call.is_batched(0);
   const auto x = call.to_front(0);
   const IndexCall index(call);
@@ -135,27 +141,37 @@ void index_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[mask] = value, one value for all: the shape stays, so it is where(mask, value, x).
-at::Tensor put_by_mask(BatchCall& call, const at::Tensor& x) {
+// x[.., mask, ..] = values that do not vary along the mask: how much it selects does not matter then, and may differ
+// between examples. x[B,*], mask[B,*], values[B?,*] -> y[B,*], or nothing if this is another assignment.
+std::optional<at::Tensor> put_by_mask(BatchCall& call, const at::Tensor& x) {
   const auto given = call.arg(1).toOptionalTensorVector();
-  const auto rank = call.rank(0);
-  if (given.size() != 1 || call.rank(2) != 0 || call.arg("accumulate").toBool()) {
-    refuse_operator(call.op(),
-                    "A boolean mask that differs between examples can only be assigned a single number. Use "
-                    "torch.where(mask, values, x).");
+  std::optional<size_t> place;
+  for (size_t k = 0; k < given.size(); ++k) {
+    if (!given[k].has_value() || !given[k]->defined()) continue;
+    if (place.has_value() || !IndexCall::is_mask(*given[k]) || !call.is_element_batched(1, k)) return {};
+    place = k;
   }
-  auto mask = *given[0];
-  while (mask.dim() < rank + 1) mask = mask.unsqueeze(-1);
-  const auto value = call.is_batched(2) ? pad_rank(call.to_front(2), rank) : call.tensor(2);
-  return at::where(mask.to(c10::kBool), value.to(x.scalar_type()), x);
+  auto mask = *given[*place];
+  const auto covered = mask.dim() - 1;
+  const auto behind = call.rank(0) - static_cast<int64_t>(*place) - covered;
+  if (covered == 0 || behind < 0 || call.tensor(2).scalar_type() != x.scalar_type()) return {};
+  auto values = call.to_front(2);
+  if (call.rank(2) > behind) {
+    const auto along_mask = values.dim() - behind - 1;
+    if (values.sym_size(along_mask) != 1) return {};
+    for (int64_t d = 1; d < covered; ++d) values = values.unsqueeze(along_mask);
+  }
+  if (call.is_batched(2)) values = pad_rank(values, call.rank(0));
+  for (size_t d = 0; d < *place; ++d) mask = mask.unsqueeze(1);
+  for (int64_t d = 0; d < behind; ++d) mask = mask.unsqueeze(-1);
+  return at::where(mask.to(c10::kBool), call.arg("accumulate").toBool() ? x + values : values, x);
 }
 
 void index_put_rule(BatchCall& call) {
   const bool in_place = call.schema().is_mutable();
   const auto x = in_place ? call.to_front(0) : call.expand_to_front(0);
-  if (any_mask_batched(call)) {
-    const auto result = put_by_mask(call, x);
-    call.set_results(in_place ? x.copy_(result) : result);
+  if (const auto result = put_by_mask(call, x)) {
+    call.set_results(in_place ? x.copy_(*result) : *result);
     return call.finish();
   }
   const IndexCall index(call);
@@ -180,6 +196,15 @@ void index_put_rule(BatchCall& call) {
     const auto result = at::index_put(view, indices, at::permute(values, inverse), accumulate);
     call.set_results(index.from_normal_form(result));
   }
+  call.finish();
+}
+
+// x[B?,*,n,*], dim, index[B?,*,k,*] -> y[B,*,k,*]. A scalar counts as one element.
+void gather_rule(BatchCall& call) {
+  const bool scalar = call.rank(2) == 0;
+  const auto dim = shift_dim(call.arg("dim").toInt(), call.rank(0));
+  const auto y = at::gather(call.expand_to_front(0, 1), dim, call.expand_to_front(2, 1));
+  call.set_results(scalar ? y.squeeze(1) : y);
   call.finish();
 }
 
@@ -266,17 +291,12 @@ void index_copy_rule(BatchCall& call) {
   write.finish(at::scatter(write.x, write.dim, write.index(source.sym_sizes()), source));
 }
 
-// x[B?,*], dim, index[B?,k], value[B?] -> y[B,*]
+// x[B?,*], dim, index[B?,k], value -> y[B,*]
 void index_fill_rule(BatchCall& call) {
   const WriteAlong write(call);
   auto sizes = write.x.sym_sizes().vec();
   sizes[write.dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
-  const auto index = write.index(sizes);
-  if (call.arg(3).isTensor()) {
-    write.finish(at::scatter(write.x, write.dim, index, write.source().to(write.x.scalar_type()).expand_symint(sizes)));
-  } else {
-    write.finish(at::scatter(write.x, write.dim, index, call.arg(3).toScalar()));
-  }
+  write.finish(at::scatter(write.x, write.dim, write.index(sizes), call.arg(3).toScalar()));
 }
 
 // index[B,*] -> positions[B,k] in x[B,n], negative ones counted from the end.
@@ -307,6 +327,9 @@ void put_rule(BatchCall& call) {
 
 // x[B?,*], mask[B?,*], source[B?,*] -> y[B,*]: the elements under the mask are those of the source, in order.
 void masked_scatter_rule(BatchCall& call) {
+  TORCH_CHECK(call.tensor(0).scalar_type() == call.tensor(2).scalar_type(),
+              "masked_scatter(): expected a source of dtype ", call.tensor(0).scalar_type(), ", got ",
+              call.tensor(2).scalar_type());
   const bool in_place = call.schema().is_mutable();
   const auto rank = in_place ? call.rank(0) : std::max(call.rank(0), call.rank(1));
   auto x = in_place ? call.to_front(0) : call.expand_to_front(0, rank);
@@ -324,24 +347,18 @@ void masked_scatter_rule(BatchCall& call) {
   finish_write(call, x, y);
 }
 
-// x[B?,*,n,*], start[B], length -> y[B,*,length,*]
-void narrow_rule(BatchCall& call) {
-  const auto dim = shift_dim(call.arg("dim").toInt(), call.rank(0));
-  if (!call.is_batched(2)) {
-    call.to_front(0);
-    call.arg("dim") = dim;
-    call.call();
-    return call.finish();
-  }
-  const auto& x = call.expand_to_front(0);
-  auto start = call.to_front(2);
-  start = at::where(start < 0, start + x.size(dim), start);
-  auto sizes = x.sym_sizes().vec();
-  sizes[dim] = call.arg("length").toSymInt();
-  auto index = start.unsqueeze(1) + at::arange(sizes[dim], start.options());
-  for (int64_t d = 1; d < dim; ++d) index = index.unsqueeze(1);
-  while (index.dim() < x.dim()) index = index.unsqueeze(-1);
-  call.set_results(at::gather(x, dim, index.expand_symint(sizes)));
+// grad[B?,*], mask[B?,*] -> source[B,n]: what the elements under the mask come from, in order; 0 where none does.
+void masked_scatter_backward_rule(BatchCall& call) {
+  const auto rank = std::max(call.rank(0), call.rank(1));
+  const auto grad = flatten_examples(call.expand_to_front(0, rank));
+  const auto mask = flatten_examples(call.expand_to_front(1, rank).expand_symint(call.tensor(0).sym_sizes()));
+  auto sizes = call.arg("sizes").toSymIntVector();
+  c10::SymInt n = 1;
+  for (const auto& size : sizes) n = n * size;
+  const auto slot = at::where(mask, at::cumsum(mask, 1) - 1, at::Scalar(n));
+  const auto slots = grad.new_zeros_symint({call.batch_size(), n + 1});  // the last for what is not under the mask
+  sizes.insert(sizes.begin(), call.batch_size());
+  call.set_results(at::scatter(slots, 1, slot, grad).narrow_symint(1, 0, n).reshape_symint(sizes));
   call.finish();
 }
 
@@ -361,22 +378,23 @@ struct ScatterView {
 }  // namespace
 
 void add_indexing_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : indexing_compositions()) rules.add(composition, {op});
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
   rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
   rules.add(expanded_along({"dim"}),
-            {"gather", "scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
+            {"scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
              "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
              "scatter_reduce.two", "scatter_reduce_.two"});
+  rules.add(&gather_rule, {"gather"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});
   rules.add(&index_copy_rule, {"index_copy", "index_copy_"});
-  rules.add(&index_fill_rule,
-            {"index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor", "index_fill_.int_Tensor"});
+  rules.add(&index_fill_rule, {"index_fill.int_Scalar", "index_fill_.int_Scalar"});
   rules.add(&index_reduce_rule, {"index_reduce", "index_reduce_"});
   rules.add(&take_rule, {"take"});
   rules.add(&put_rule, {"put", "put_"});
   rules.add(&masked_scatter_rule, {"masked_scatter", "masked_scatter_"});
-  rules.add(&narrow_rule, {"narrow.Tensor"});
+  rules.add(&masked_scatter_backward_rule, {"masked_scatter_backward"});
   const auto scatter_view = [](std::vector<std::string> names) {
     return Family{"scatter_view", [names](const c10::FunctionSchema& schema) -> Rule {
                     std::vector<size_t> dims;

@@ -24,9 +24,10 @@ at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
   return at::matmul(matrix, vector.unsqueeze(-1)).squeeze(-1);
 }
 
-// A number times x in the dtype of x: the fused operators truncate it for integers.
+// A number times x in the dtype of x: the fused operators convert it for integers and booleans.
 at::Tensor scaled(const at::Tensor& x, const at::Scalar& number) {
   if (number.equal(1)) return x;
+  if (x.scalar_type() == c10::kBool) return at::mul(x, at::Scalar(number.toDouble() != 0));
   return at::mul(x, c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) ? at::Scalar(number.toLong()) : number);
 }
 
@@ -34,7 +35,8 @@ at::Tensor scaled(const at::Tensor& x, const at::Scalar& number) {
 at::Tensor add_scaled(BatchCall& call, const at::Tensor& product, int64_t rank) {
   const auto result = scaled(product, call.arg("alpha").toScalar());
   const auto beta = call.arg("beta").toScalar();
-  if (beta.equal(0)) return result;
+  // The product alone has no batch if only the bias has one.
+  if (beta.equal(0)) return result.dim() == rank ? expand_batch(result, call.batch_size()) : result;
   return result + scaled(call.to_front(0, rank), beta);
 }
 
@@ -99,8 +101,10 @@ void linear_rule(BatchCall& call) {
   } else if (rank == 1) {
     y = matrix_vector(call, 1, 0);
   } else {
-    const auto weight = pad_rank(call.to_front(1), rank).transpose(-1, -2);
-    y = at::matmul(x, weight);
+    // The rows of x as one matrix: matmul would copy the weight for every index in front of them.
+    const int64_t first = call.is_batched(0) ? 1 : 0;
+    const auto product = at::matmul(x.flatten(first, -2), call.to_front(1).transpose(-1, -2));
+    y = product.unflatten_symint(1, x.sym_sizes().slice(first, rank - 1));
   }
   if (call.is_tensor(2)) y = y + call.to_front(2, rank);
   call.set_results(y);

@@ -8,8 +8,22 @@
 namespace functorch_lite {
 namespace {
 
+// x[B?,*], end[B?,*], weight[B?,*]: a weight of rank 0 may have another dtype.
+void lerp_rule(BatchCall& call) {
+  const auto dtype = call.tensor(0).scalar_type();
+  const bool converts = call.rank(2) == 0 && !c10::isComplexType(call.tensor(2).scalar_type());
+  if (converts && call.is_batched(2)) call.arg(2) = call.tensor(2).to(dtype);
+  pointwise().rule_for(call.schema())(call);
+}
+
+void check_value(BatchCall& call, size_t value) {
+  TORCH_CHECK(call.rank(value) == 0, call.schema().name(), ": expected a value of 0 dimensions, got ",
+              call.rank(value));
+}
+
 // x[B?,*], value[B?] -> x[B,*]: the value of each example fills that example.
 void fill_rule(BatchCall& call) {
+  check_value(call, 1);
   const bool in_place = call.schema().is_mutable();
   const auto& x = in_place ? call.to_front(0) : call.expand_to_front(0);
   auto value = call.is_batched(1) ? pad_rank(call.to_front(1), call.rank(0)) : call.tensor(1);
@@ -29,6 +43,7 @@ void copy_rule(BatchCall& call) {
 
 // x[B?,*], mask[B?,*], value[B?] -> x[B,*].
 void masked_fill_rule(BatchCall& call) {
+  check_value(call, 2);
   const bool in_place = call.schema().is_mutable();
   const auto rank = std::max(call.rank(0), call.rank(1));
   const auto x = call.to_front(0, rank);
@@ -45,6 +60,7 @@ void add_pointwise_rules(RuleTable& rules) {
   rules.add(&fill_rule, {"fill.Tensor", "fill_.Tensor"});
   rules.add(&copy_rule, {"copy"});
   rules.add(&masked_fill_rule, {"masked_fill.Tensor", "masked_fill_.Tensor"});
+  rules.add(&lerp_rule, {"lerp.Tensor", "lerp_.Tensor"});
   // Pointwise, but not tagged so by PyTorch.
   rules.add(pointwise(), {"copy_",
                           "where.self",
@@ -69,7 +85,6 @@ void add_pointwise_rules(RuleTable& rules) {
                           "_dirichlet_grad",
                           "_masked_scale",
                           "lerp_.Scalar",
-                          "lerp_.Tensor",
                           "_conj",
                           "_conj_physical",
                           "_neg_view",

@@ -12,6 +12,8 @@ void add_view_rules(RuleTable& rules);
 void add_factory_rules(RuleTable& rules);
 void add_matmul_rules(RuleTable& rules);
 void add_indexing_rules(RuleTable& rules);
+void add_data_dependent_rules(RuleTable& rules);
+void add_histogram_rules(RuleTable& rules);
 void add_random_rules(RuleTable& rules);
 void add_convolution_rules(RuleTable& rules);
 void add_pooling_rules(RuleTable& rules);
@@ -23,5 +25,6 @@ void add_attention_rules(RuleTable& rules);
 void add_python_value_rules(RuleTable& rules);
 void add_foreach_rules(RuleTable& rules);
 void add_optimizer_rules(RuleTable& rules);
+void add_recurrent_rules(RuleTable& rules);
 
 }  // namespace functorch_lite

@@ -2,10 +2,12 @@
 #include <ATen/ops/alias.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/reshape.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/squeeze.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/transpose.h>
 
 #include "../fallback.h"
@@ -130,16 +132,27 @@ void as_strided_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read.
+// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid out
+// as before.
 void as_strided_scatter_rule(BatchCall& call) {
-  const auto y = call.expand_to_front(0).clone();
+  const auto x = call.expand_to_front(0);
+  const auto& src = call.expand_to_front(1);
   auto sizes = call.arg("size").toSymIntVector();
   auto strides = call.arg("stride").toSymIntVector();
-  const auto& src = call.expand_to_front(1);
-  sizes.insert(sizes.begin(), call.batch_size());
-  strides.insert(strides.begin(), y.sym_stride(0));
-  const auto& offset = call.arg("storage_offset");
-  at::as_strided_symint(y, sizes, strides, offset.isNone() ? y.sym_storage_offset() : offset.toSymInt()).copy_(src);
+  const auto& given = call.arg("storage_offset");
+  const auto window = given.isNone() ? x.sym_storage_offset() : given.toSymInt();
+  const auto start = x.sym_storage_offset().min(window);
+  const auto seen = x.sym_storage_offset() - start + span(x.sym_sizes().slice(1), x.sym_strides().slice(1));
+  const auto extent = seen.max(window - start + span(sizes, strides)).max(1);
+  const auto memory = x.new_zeros_symint({call.batch_size() * extent});
+  const auto view = [&](std::vector<c10::SymInt> s, std::vector<c10::SymInt> steps, const c10::SymInt& offset) {
+    s.insert(s.begin(), call.batch_size());
+    steps.insert(steps.begin(), extent);
+    return at::as_strided_symint(memory, s, steps, offset - start);
+  };
+  const auto y = view(x.sym_sizes().slice(1).vec(), x.sym_strides().slice(1).vec(), x.sym_storage_offset());
+  y.copy_(x);
+  view(sizes, strides, window).copy_(src);
   call.set_results(y);
   call.finish();
 }
@@ -164,19 +177,17 @@ void unfold_rule(BatchCall& call) {
   call.finish();
 }
 
-void tensor_split_rule(BatchCall& call) {
-  if (call.is_batched(1)) {
-    refuse_operator(call.op(),
-                    "Each example would be split elsewhere, into pieces of other shapes. Give the indices as "
-                    "a list of ints.");
+// The gradient grad[B,*,m,*,size] of such windows -> x[B,*,n,*]; of a scalar, grad[B,size] with at most one window.
+void unfold_backward_rule(BatchCall& call) {
+  if (!call.arg("input_sizes").toSymIntVector().empty()) {
+    return shaped("input_sizes", {"dim"}).rule_for(call.schema())(call);
   }
-  call.to_front(0);
-  call.arg("dim") = shift_dim(call.arg("dim").toInt(), call.rank(0));
-  call.call();
+  call.set_results(at::sum(call.to_front(0), {1}));
   call.finish();
 }
 
 void chunk_cat_rule(BatchCall& call) {
+  if (finish_without_examples(call)) return;
   const auto tensors = call.expanded_list(0);
   call.arg("dim") = shift_dim(call.arg("dim").toInt(), tensors[0].dim() - 1);
   call.arg(0) = tensors;
@@ -216,6 +227,30 @@ void in_place_view(const c10::OperatorHandle& op, Stack& stack) {
   stack.back() = self;
 }
 
+// x.resize_(sizes): the example's elements in order, then uninitialised ones if there are to be more.
+void resize(const c10::OperatorHandle& op, Stack& stack) {
+  const auto arguments = torch::jit::pop(stack, count_arguments(op));
+  const auto self = arguments[0].toTensor();
+  const auto sizes = arguments[1].isTensor() ? arguments[1].toTensor().sym_sizes().vec()  //
+                                             : arguments[1].toSymIntVector();
+  auto& level = current_vmap_level();
+  auto* wrapper = wrapper_at(self, &level);
+  if (wrapper == nullptr) {  // the sizes are those of a batched tensor
+    self.resize__symint(sizes);
+  } else {
+    c10::SymInt wanted = 1;
+    for (const auto& size : sizes) wanted = wanted * size;
+    const auto n = self.sym_numel();
+    const auto flat = self.reshape_symint({n});
+    const auto elements =
+        wanted <= n ? flat.narrow_symint(0, 0, wanted) : at::cat({flat, flat.new_empty_symint({wanted - n})});
+    const auto result = elements.reshape_symint(sizes);
+    const auto* resized = wrapper_at(result, &level);
+    wrapper->replace_value(resized->value(), resized->bdim());
+  }
+  stack.emplace_back(self);
+}
+
 }  // namespace
 
 void add_view_rules(RuleTable& rules) {
@@ -228,6 +263,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&as_strided_rule, {"as_strided", "as_strided_copy"});
   rules.add(&in_place_view,
             {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"});
+  rules.add(&resize, {"resize_", "resize_as_"});
   rules.add(&cat_rule, {"cat"});
   rules.add(&stack_rule, {"stack"});
   rules.add(front(), {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_",
@@ -239,7 +275,6 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&unfold_rule, {"unfold", "unfold_copy"});
   rules.add(&as_strided_scatter_rule, {"as_strided_scatter"});
   rules.add(&chunk_cat_rule, {"_chunk_cat"});
-  rules.add(&tensor_split_rule, {"tensor_split.tensor_indices_or_sections"});
   rules.add(forbid("A sparse tensor cannot be a batch of dense ones. Convert outside vmap, for example its result."),
             {"_to_sparse", "_to_sparse.sparse_dim", "_to_sparse_csr", "_to_sparse_csc", "_to_sparse_bsr",
              "_to_sparse_bsc", "to_mkldnn"});
@@ -251,7 +286,7 @@ void add_view_rules(RuleTable& rules) {
   rules.add(&repeat_rule, {"repeat"});
   rules.add(shaped("input_sizes", {"dim"}), {"select_backward", "slice_backward"});
   rules.add(shaped("input_sizes", {"dim1", "dim2"}), {"diagonal_backward"});
-  rules.add(shaped("input_sizes", {"dim"}), {"unfold_backward"});
+  rules.add(&unfold_backward_rule, {"unfold_backward"});
 }
 
 }  // namespace functorch_lite

@@ -15,7 +15,8 @@ from torch.utils import _pytree
 
 from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
 from tests.support import ops
-from tests.support.ops import BATCH_SIZE
+
+BATCH_SIZE = 3
 from tests.support.oracles import loop_vmap
 
 _DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
@@ -235,9 +236,9 @@ def test_wrong_shape_is_resized_with_a_warning():
     assert torch.equal(result, x.sin())
 
 
-def test_out_that_is_not_batched():
+def test_out_from_outside():
     out, inner = torch.zeros(4), torch.rand(3, 4)
-    message = r"vmap: aten::sin writes batched values into a tensor that is not batched, given as out \(shape \[4\]\)"
+    message = r"vmap: the in-place operator aten::sin writes batched values into `\w*`, a tensor from outside"
     with pytest.raises(ValueError, match=message):
         vmap(lambda x: torch.sin(x, out=out))(torch.rand(3, 4))
     with pytest.raises(ValueError, match=message):
@@ -255,7 +256,7 @@ def test_lists_of_another_length():
 
 def test_nested():
     def func(x, y):
-        outs = [x.new_empty(0), (x + y).new_zeros(3)]
+        outs = [torch.empty(0), torch.zeros(3)]
         torch.add(x, y, out=outs[0])
         torch.mul(outs[0], y, out=outs[1])
         return outs
@@ -295,6 +296,21 @@ def test_derivatives_outside():
     expected = x.cos() * x + x.sin()
     torch.testing.assert_close(grad(lambda x: vmap(func)(x).sum())(x), expected)
     torch.testing.assert_close(jvp(vmap(func), (x,), (x,))[1], expected * x)
+
+
+def test_out_made_inside():
+    def func(x):
+        fitting, empty, once = torch.zeros(3), torch.empty(0), torch.empty(0)
+        parts = [torch.empty(0), torch.empty(0)]
+        torch.sin(x, out=fitting)
+        torch.cos(x, out=empty)
+        torch.matmul(torch.ones(3, 3), torch.arange(3.0), out=once)
+        torch.mul(x, once, out=once)
+        torch.split_with_sizes_copy(torch.arange(3.0), [1, 2], out=parts)
+        torch.mul(parts[1], x[1:], out=parts[1])
+        return fitting, empty, once, *parts
+
+    _check(func, (1,), torch.rand(3, 2))
 
 
 def test_what_autograd_has_saved_is_not_given_away():
