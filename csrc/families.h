@@ -23,7 +23,7 @@ Family expanded_along(std::vector<std::string> dims);
 // As `along` for reductions, where no dimensions means all of them. Honours `keepdim`.
 Family reduce(std::string dim);
 
-// A reduction of everything, as the sibling operator with a `dim` argument: x[B,*] -> x[B,n] -> y[B].
+// A reduction of everything, as the sibling operator with a `dim` argument: x[B,*] -> y[B].
 Family reduce_all(const char* sibling);
 
 // The named size argument describes the result (or the input, in a backward operator): the batch size goes in front.

@@ -74,10 +74,12 @@ void set_options(const Sibling& functional, const at::Tensor& out, Stack& argume
 
 }  // namespace
 
-bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
-  if (!is_out_form(op.schema())) return false;
+bool has_functional_form(const c10::OperatorHandle& op) {
+  return is_out_form(op.schema()) && find_sibling(op) != nullptr;
+}
+
+void run_out_form(const c10::OperatorHandle& op, Stack& stack) {
   const auto* functional = find_sibling(op);
-  if (functional == nullptr) return false;
   const Stack arguments = torch::jit::pop(stack, count_arguments(op));
   auto results = functional->arguments(arguments);
   const auto first_out = arguments.size() - functional->op.schema().returns().size();
@@ -96,7 +98,6 @@ bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
     }
     if (!op.schema().returns().empty()) stack.push_back(out);
   }
-  return true;
 }
 
 }  // namespace functorch_lite

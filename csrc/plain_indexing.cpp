@@ -17,7 +17,8 @@ namespace {
 
 using at::Tensor;
 
-// x.narrow(dim, start, length) where `start` is a tensor: PyTorch makes a number of it, which may differ between examples.
+// x.narrow(dim, start, length) where `start` is a tensor: PyTorch makes a number of it, which may differ between
+// examples.
 void narrow_from_tensor(const c10::OperatorHandle& op, Stack& stack) {
   const auto begin = stack.size() - count_arguments(op);
   if (as_wrapper(stack[begin + 2].toTensor()) == nullptr) {
@@ -75,8 +76,8 @@ void index_fill_with_tensor(const c10::OperatorHandle&, Stack& stack) {
 void index_fill_in_place(const c10::OperatorHandle&, Stack& stack) {
   const auto arguments = torch::jit::pop(stack, 4);
   const auto& x = arguments[0].toTensor();
-  torch::jit::push(
-      stack, x.copy_(fill_along(x, arguments[1].toInt(), arguments[2].toTensor(), arguments[3].toTensor())));
+  torch::jit::push(stack,
+                   x.copy_(fill_along(x, arguments[1].toInt(), arguments[2].toTensor(), arguments[3].toTensor())));
 }
 
 }  // namespace

@@ -67,10 +67,25 @@ def innermost_value(tensor: torch.Tensor) -> torch.Tensor: ...
 def is_wrapper(tensor: torch.Tensor) -> bool: ...
 def strip_closed_levels(tensor: torch.Tensor) -> torch.Tensor: ...
 def batching_rules() -> list[tuple[str, str]]: ...
+
+class Handling:
+    one_level_down: Handling
+    rule: Handling
+    out_form: Handling
+    composition: Handling
+    primitive: Handling
+    refusal: Handling
+    decomposition: Handling
+    loop: Handling
+    @property
+    def name(self) -> str: ...
+
+def plan(name: str, overload: str) -> tuple[Handling, str, str]: ...
 def unknown_operators() -> list[str]: ...
 def set_fast_paths(on: bool) -> None: ...
 def set_python_side(
-    install_decomposition: Callable[[str, str], bool],
+    has_decomposition: Callable[[str], bool],
+    install_decomposition: Callable[[str], None],
     warn_loop: Callable[[str], None],
     user_location: Callable[[], str],
     name_of_tensor: Callable[[torch.Tensor], str],

@@ -32,6 +32,7 @@ def connect() -> None:
     from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
 
     _C.set_python_side(
+        _decompose.has_decomposition,
         _decompose.install_decomposition,
         _boundary.warn_loop,
         _boundary.user_location,

@@ -26,5 +26,6 @@ void add_python_value_rules(RuleTable& rules);
 void add_foreach_rules(RuleTable& rules);
 void add_optimizer_rules(RuleTable& rules);
 void add_recurrent_rules(RuleTable& rules);
+void add_remaining_rules(RuleTable& rules);
 
 }  // namespace functorch_lite
