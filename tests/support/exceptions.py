@@ -8,9 +8,6 @@ from __future__ import annotations
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 
-#: With randomness="same" the numbers are not those of a single example: the kernel draws none for positive elements.
-OTHER_NUMBERS = {"nn.functional.rrelu"}
-
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
     "view",
@@ -25,8 +22,6 @@ CONTIGUOUS_ONLY = {
 _DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
-_DISTRIBUTION = "randomness='same' with a distribution that differs between examples"
-_MASK = "a mask is drawn into a tensor that is not batched"
 
 #: Samples that raise our error, and why.
 REFUSED = {
@@ -56,35 +51,14 @@ REFUSED = {
     "resize_": "it gives a tensor another shape in place",
     "resize_as_": "it gives a tensor another shape in place",
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
-    "bernoulli": _DISTRIBUTION,
-    "multinomial": _DISTRIBUTION,
-    "normal": _DISTRIBUTION,
-    "normal.number_mean": _DISTRIBUTION,
-    "nn.functional.dropout2d (jvp)": _MASK,
-    "nn.functional.multi_head_attention_forward": _MASK,
-    "nn.functional.rrelu": _MASK,
 }
 
 _EMPTY_BATCH = "the kernel refuses an empty batch"
-_NO_FIRST_EXAMPLE = "randomness='same' takes the shape from the first example of an empty batch"
 _SCALAR_WINDOW = "windows of a scalar"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
     "_chunk_cat": _EMPTY_BATCH,
-    "cauchy": _NO_FIRST_EXAMPLE,
-    "exponential": _NO_FIRST_EXAMPLE,
-    "geometric": _NO_FIRST_EXAMPLE,
-    "log_normal": _NO_FIRST_EXAMPLE,
-    "uniform": _NO_FIRST_EXAMPLE,
-    "normal.in_place": _NO_FIRST_EXAMPLE,
-    "rand_like": _NO_FIRST_EXAMPLE,
-    "randint_like": _NO_FIRST_EXAMPLE,
-    "randn_like": _NO_FIRST_EXAMPLE,
-    "nn.functional.dropout2d": _NO_FIRST_EXAMPLE,
-    "nn.functional.dropout3d": _NO_FIRST_EXAMPLE,
-    "nn.functional.multi_head_attention_forward": _NO_FIRST_EXAMPLE,
-    "nn.functional.rrelu": _NO_FIRST_EXAMPLE,
     "unfold (vjp)": _SCALAR_WINDOW,
     "unfold_copy (vjp)": _SCALAR_WINDOW,
     "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
