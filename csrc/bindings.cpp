@@ -117,8 +117,11 @@ std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level,
   const OneThread one_thread;
   Suspended suspended(level);
   py::gil_scoped_release no_gil;
-  return torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
-                               /*allow_unused=*/true);
+  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                         /*allow_unused=*/true);
+  // A custom formula may hand out what it kept from the forward pass.
+  for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
+  return gradients;
 }
 
 at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) { return wrap(value, level, dim); }

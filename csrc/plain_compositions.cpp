@@ -8,7 +8,8 @@ namespace functorch_lite {
 PlainComposition find_plain_composition(const c10::OperatorName& name) {
   static const auto table = [] {
     std::unordered_map<c10::OperatorName, PlainComposition> by_name;
-    for (const auto* rows : {&attention_compositions(), &recurrent_compositions(), &indexing_compositions()}) {
+    for (const auto* rows :
+         {&attention_compositions(), &recurrent_compositions(), &indexing_compositions(), &loss_compositions()}) {
       for (const auto& [op, composition] : *rows) by_name.emplace(aten_name(op), composition);
     }
     return by_name;

@@ -20,6 +20,7 @@ struct PlainRow {
 const std::vector<PlainRow>& attention_compositions();
 const std::vector<PlainRow>& recurrent_compositions();
 const std::vector<PlainRow>& indexing_compositions();
+const std::vector<PlainRow>& loss_compositions();
 
 // The composition of an operator, or null.
 PlainComposition find_plain_composition(const c10::OperatorName& name);

@@ -48,13 +48,17 @@ void Wrapper::share_storage() {
 }
 
 void Wrapper::copy_keys_from_value() {
-  constexpr auto seen_from_outside = c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  constexpr auto seen_from_outside =
+      c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, kIndexMark});
   constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
   const auto value_keys = value_.key_set();
   key_set_ = kAutodiffKeys.add(kFront) | (value_keys & seen_from_outside);
   // Formulas work in place on tensors without the mark. They may only where nobody else differentiates or batches.
   const bool only_ours = !level_->is_forward() && !value_keys.has_any(wrapper_like) && !value_.requires_grad();
   if (!level_->differentiates() || !only_ours) key_set_ = key_set_.add(kSubclassMark);
+  const auto dtype = value_.scalar_type();
+  const bool is_index = at::isIntegralType(dtype, /*includeBool=*/false) && dtype != c10::kByte;  // bytes are masks
+  if (is_index && bdim_ != kNoBatchDim && value_.dim() == 1) key_set_ = key_set_.add(kIndexMark);
 }
 
 void Wrapper::refresh() {

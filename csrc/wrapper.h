@@ -21,6 +21,11 @@ struct ViewRecord;
 // dimension) and may be symbolic. The version counter is the value's own, so a write is seen by every wrapper of the
 // same memory. Only what is the same for all examples of a vmap, and plain below, has a storage: the value's.
 class Wrapper final : public c10::TensorImpl {
+  // First, and in this order: PyTorch takes a tensor with kIndexMark for a batch of torch.func, which begins so.
+  mutable at::Tensor value_;
+  LevelPtr level_;
+  int64_t bdim_;
+
  public:
   Wrapper(at::Tensor value, LevelPtr level, int64_t bdim);
   // A symbolic zero.
@@ -55,10 +60,6 @@ class Wrapper final : public c10::TensorImpl {
  private:
   void copy_keys_from_value();
   void share_storage();
-
-  mutable at::Tensor value_;
-  LevelPtr level_;
-  int64_t bdim_;
 };
 
 // The wrapper behind a tensor, or null. Key sets alone do not tell: other wrappers copy them.

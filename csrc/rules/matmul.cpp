@@ -97,7 +97,12 @@ void addmm_rule(BatchCall& call) {
   finish_sum(call, add_scaled(call, product(call, 1, 2), 2));
 }
 void baddbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2), 3)); }
-void addbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2).sum(-3), 2)); }
+// a[B?,N,m,k], b[B?,N,k,n]: the sum over N as one product of a[B?,m,N*k] and b[B?,N*k,n].
+void addbmm_rule(BatchCall& call) {
+  const auto a = call.to_front(1).transpose(-3, -2).flatten(-2);
+  const auto b = call.to_front(2).flatten(-3, -2);
+  finish_sum(call, add_scaled(call, at::matmul(a, b), 2));
+}
 void addmv_rule(BatchCall& call) { finish_sum(call, add_scaled(call, matrix_vector(call, 1, 2), 1)); }
 void addr_rule(BatchCall& call) {
   const auto outer = call.to_front(1).unsqueeze(-1) * call.to_front(2).unsqueeze(-2);

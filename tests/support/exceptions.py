@@ -42,8 +42,7 @@ REFUSED = {
     "nonzero": _DATA_DEPENDENT_SHAPE,
     "argwhere": _DATA_DEPENDENT_SHAPE,
     "index_fill (vjp)": "whether an index repeats is a Python value",
-    "nn.functional.one_hot": _DATA_DEPENDENT_SHAPE,
-    "nn.functional.ctc_loss": "the size of its workspace depends on the lengths, which are data",
+    "nn.functional.one_hot": "the largest index is the number of classes, and an empty batch has none",
     "nn.functional.gaussian_nll_loss": "it checks with a Python `if` that the variance is not negative",
     "native_batch_norm": _STATISTICS,
     "_native_batch_norm_legit": _STATISTICS,
@@ -64,22 +63,15 @@ REFUSED = {
     "nn.functional.dropout2d (jvp)": _MASK,
     "nn.functional.multi_head_attention_forward": _MASK,
     "nn.functional.rrelu": _MASK,
-    "nn.functional.cosine_similarity (jvp)": "the formula writes batched values into a tensor that is not batched",
-    "nn.functional.linear_cross_entropy.chunked_none (vjp)": "it writes batched values into a tensor it has made",
 }
 
-_SCALAR_LOGITS = "a scalar in the place of a row of logits raises PyTorch's error about its dimensions"
 _EMPTY_BATCH = "the kernel refuses an empty batch"
 _NO_FIRST_EXAMPLE = "randomness='same' takes the shape from the first example of an empty batch"
-_COUNTED_WRITE = "the derivative meets a saved tensor that the rule has written into"
 _SCALAR_WINDOW = "windows of a scalar"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
-    "nn.functional.multi_margin_loss": _SCALAR_LOGITS,
-    "nn.functional.multilabel_margin_loss": _SCALAR_LOGITS,
     "_chunk_cat": _EMPTY_BATCH,
-    "_segment_reduce.lengths": _EMPTY_BATCH,
     "cauchy": _NO_FIRST_EXAMPLE,
     "exponential": _NO_FIRST_EXAMPLE,
     "geometric": _NO_FIRST_EXAMPLE,
@@ -93,11 +85,6 @@ FAILING = {
     "nn.functional.dropout3d": _NO_FIRST_EXAMPLE,
     "nn.functional.multi_head_attention_forward": _NO_FIRST_EXAMPLE,
     "nn.functional.rrelu": _NO_FIRST_EXAMPLE,
-    "native_batch_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.batch_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.instance_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.fractional_max_pool2d (vjp)": "the kernel reads indices that are not contiguous",
-    "nn.functional.glu (jvp)": "its formula counts the dimension in the batch",
     "unfold (vjp)": _SCALAR_WINDOW,
     "unfold_copy (vjp)": _SCALAR_WINDOW,
     "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
@@ -105,15 +92,12 @@ FAILING = {
 
 #: Operators that run once for each example, with the warning. A new release of PyTorch shows its new ones here.
 LOOPING = {
-    "nn.functional.linear_cross_entropy.chunked",
-    "nn.functional.linear_cross_entropy.chunked_none (function)",
     "histogram",
     "histogramdd",
     "histc",
     "nonzero_static",
     "hash_tensor",
     "masked_scatter (vjp)",
-    "nn.functional.ctc_loss (vjp)",
     "nn.functional.pdist (vjp)",
 }
 

@@ -296,7 +296,6 @@ def main() -> None:
         _print_table([_read(line) for path in options.join for line in path.read_text().splitlines()])
         return
 
-    torch.set_num_threads(1)
     sides = [OURS, peer()] if options.peer else [OURS]
     default = ops.FULL if options.full else ops.SHORT
     given = {x.name: getattr(options, x.name) for x in fields(ops.Extent)}
@@ -314,4 +313,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
