@@ -110,11 +110,7 @@ LOOPING_ATEN = {
         "miopen_rnn_backward",
         "mkldnn_rnn_layer",
     ],
-    "the workspace of the loss depends on the lengths, which are data": [
-        "_ctc_loss",
-        "_ctc_loss.Tensor",
-        "_ctc_loss_backward",
-        "_ctc_loss_backward.Tensor",
+    "a loss of single backends, whose general form has a rule": [
         "_cudnn_ctc_loss",
         "_cudnn_ctc_loss.Tensor",
         "miopen_ctc_loss",
