@@ -50,8 +50,9 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure the cost of an operator call under each transform
+bench: build/ready  ## Measure what an operator costs under each transform, and the batching rules
 	@$(PY) benchmarks/overhead.py
+	@$(PY) benchmarks/rules.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py

@@ -8,9 +8,8 @@
 #include "fallback.h"
 
 namespace functorch_lite {
-namespace {
 
-[[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const at::Tensor& target) {
+void refuse_outside_write(const c10::OperatorHandle& op, const at::Tensor& target) {
   const auto name = python_hooks().name_of_tensor(target);
   const auto known = name.empty() ? "x" : name;
   TORCH_CHECK_VALUE(false, "vmap: the in-place operator ", op.operator_name().name, " writes batched values into ",
@@ -19,8 +18,6 @@ namespace {
                     "cannot hold a value of each. Write into a copy, as in ", known, " = ", known,
                     ".clone(), and return it; or pass ", known, " as an argument that vmap maps.");
 }
-
-}  // namespace
 
 BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
     : op_(op),
@@ -38,7 +35,7 @@ BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
   const auto refuse_captured_target = [&](size_t i, const c10::IValue& target) {
     const auto* alias = schema.arguments()[i].alias_info();
     if (C10_LIKELY(alias == nullptr || !alias->isWrite()) || op.hasTag(at::Tag::nondeterministic_seeded)) return;
-    if (target.isTensor() && target.toTensor().defined()) refuse_captured_write(op, target.toTensor());
+    if (target.isTensor() && target.toTensor().defined()) refuse_outside_write(op, target.toTensor());
   };
   for (size_t i = 0; i < bdims_.size(); ++i) {
     auto& value = arg(i);

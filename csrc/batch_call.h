@@ -88,6 +88,8 @@ class BatchCall {
   RunBelow below_;
 };
 
+// Raises: `op` would write batched values into `target`, which is from outside the mapped function.
+[[noreturn]] void refuse_outside_write(const c10::OperatorHandle& op, const at::Tensor& target);
 // x with dimension `from` moved to `to`, a view.
 at::Tensor move_dim(const at::Tensor& x, int64_t from, int64_t to);
 // x[B,*] -> x[B,1..,*] of logical rank `rank`, a view.

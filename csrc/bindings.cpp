@@ -20,6 +20,7 @@ namespace {
 
 // Python functions and classes that C++ calls; never destroyed, for tensors may outlive the interpreter's objects.
 struct PythonSide {
+  py::object has_decomposition;
   py::object install_decomposition;
   py::object warn_loop;
   py::object user_location;
@@ -51,13 +52,16 @@ auto call_python(Call&& call) {
   }
 }
 
-void set_python_side(py::object install_decomposition, py::object warn_loop, py::object user_location,
-                     py::object name_of_tensor, py::object escaped_tensor_error) {
-  python_side() = {std::move(install_decomposition), std::move(warn_loop), std::move(user_location),
-                   std::move(name_of_tensor), std::move(escaped_tensor_error)};
+void set_python_side(py::object has_decomposition, py::object install_decomposition, py::object warn_loop,
+                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error) {
+  python_side() = {std::move(has_decomposition), std::move(install_decomposition), std::move(warn_loop),
+                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error)};
   auto& hooks = python_hooks();
+  hooks.has_decomposition = [](const c10::OperatorName& name) {
+    return call_python([&] { return python_side().has_decomposition(c10::toString(name)).cast<bool>(); });
+  };
   hooks.install_decomposition = [](const c10::OperatorName& name) {
-    return call_python([&] { return python_side().install_decomposition(name.name, name.overload_name).cast<bool>(); });
+    call_python([&] { python_side().install_decomposition(c10::toString(name)); });
   };
   hooks.warn_loop = [](const c10::OperatorName& name) {
     call_python([&] { python_side().warn_loop(c10::toString(name)); });
@@ -113,8 +117,11 @@ std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level,
   const OneThread one_thread;
   Suspended suspended(level);
   py::gil_scoped_release no_gil;
-  return torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
-                               /*allow_unused=*/true);
+  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                         /*allow_unused=*/true);
+  // A custom formula may hand out what it kept from the forward pass.
+  for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
+  return gradients;
 }
 
 at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) { return wrap(value, level, dim); }
@@ -181,6 +188,14 @@ std::vector<std::pair<std::string, std::string>> batching_rules() {
   return result;
 }
 
+// (handling, detail, file with the rule or an empty string)
+std::tuple<Handling, std::string, std::string> plan(const std::string& name, const std::string& overload) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  const auto plan = plan_of(op);
+  const auto* row = RuleTable::find(op.operator_name());
+  return {plan.handling, plan.detail, row == nullptr ? "" : row->file};
+}
+
 }  // namespace
 
 void raise_escaped(const Wrapper& wrapper) {
@@ -213,10 +228,15 @@ PYBIND11_MODULE(_C, m) {
       .value("error", VmapLevel::Randomness::kError)
       .value("same", VmapLevel::Randomness::kSame)
       .value("different", VmapLevel::Randomness::kDifferent);
+  py::class_<Chunks, c10::intrusive_ptr<Chunks>>(m, "Chunks")
+      .def(py::init<int64_t, std::vector<at::Generator>>())
+      .def("begin", &Chunks::begin);
   py::class_<VmapLevel, Level, c10::intrusive_ptr<VmapLevel>>(m, "VmapLevel")
-      .def(py::init<c10::SymInt, VmapLevel::Randomness>())
+      .def(py::init<c10::SymInt, VmapLevel::Randomness, c10::intrusive_ptr<Chunks>>(), py::arg("batch_size"),
+           py::arg("randomness"), py::arg("chunks") = c10::intrusive_ptr<Chunks>())
       .def_property_readonly("batch_size", &VmapLevel::batch_size)
       .def_property_readonly("randomness", &VmapLevel::randomness)
+      .def_property_readonly("chunks", &VmapLevel::chunks)
       .def("lift", &lift_batched)
       .def("unwrap", &unwrap_batched);
   py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")
@@ -253,6 +273,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
   m.def("strip_closed_levels", &strip_closed_levels);
   m.def("batching_rules", &batching_rules);
+  py::enum_<Handling>(m, "Handling")
+      .value("one_level_down", Handling::kOneLevelDown)
+      .value("rule", Handling::kRule)
+      .value("out_form", Handling::kOutForm)
+      .value("composition", Handling::kComposition)
+      .value("primitive", Handling::kPrimitive)
+      .value("refusal", Handling::kRefusal)
+      .value("decomposition", Handling::kDecomposition)
+      .value("loop", Handling::kLoop);
+  m.def("plan", &plan);
   m.def("unknown_operators", &RuleTable::unknown_operators);
   m.def("set_fast_paths", &set_fast_paths);
   m.def("set_python_side", &set_python_side);

@@ -8,14 +8,24 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "batch_call.h"
+#include "generators.h"
 #include "keys.h"
 #include "out_forms.h"
+#include "rule.h"
 
 namespace functorch_lite {
 namespace {
+
+// Tensor, Tensor?, Tensor[] or Tensor?[]
+bool is_tensor_type(const c10::Type& type) {
+  if (type.kind() == c10::TypeKind::TensorType) return true;
+  const auto inner = type.containedTypes();
+  return inner.size() == 1 && is_tensor_type(*inner[0]);
+}
 
 using Slice = std::function<at::Tensor(const at::Tensor& x, int64_t bdim)>;
 
@@ -74,9 +84,10 @@ at::Tensor stack_examples(const c10::OperatorHandle& op, const std::vector<Stack
     tensors.push_back(pick(example).toTensor());
     const auto& [first, last] = std::tie(tensors.front(), tensors.back());
     if (first.sym_sizes() == last.sym_sizes()) continue;
-    refuse_operator(op, c10::str("The shape of its result depends on the data: it is ", first.sym_sizes(),
-                                 " in example 0 and ", last.sym_sizes(), " in example ", tensors.size() - 1,
-                                 ". Use an operation of fixed shape, for example torch.where, or call it outside vmap."));
+    refuse_operator(
+        op, c10::str("The shape of its result depends on the data: it is ", first.sym_sizes(), " in example 0 and ",
+                     last.sym_sizes(), " in example ", tensors.size() - 1,
+                     ". Use an operation of fixed shape, for example torch.where, or call it outside vmap."));
   }
   auto stacked = at::stack(tensors);
   return empty_batch ? stacked.narrow(0, 0, 0) : stacked;
@@ -84,63 +95,35 @@ at::Tensor stack_examples(const c10::OperatorHandle& op, const std::vector<Stack
 
 void loop(const c10::OperatorHandle& op, Stack& stack) {
   const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
-  if (is_random) {
-    check_randomness(op, current_vmap_level());
-    if (current_vmap_level().randomness() == VmapLevel::Randomness::kSame) {
-      refuse_operator(op, "It has no rule for randomness='same'. Pass randomness='different' to vmap.");
-    }
-  }
+  if (is_random) check_randomness(op, current_vmap_level());
   python_hooks().warn_loop(op.operator_name());
   BatchCall call(op, stack);
-  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
-  const bool empty_batch = batch_size == 0;
-  std::vector<Stack> examples;
-  if (empty_batch) examples.push_back(run_example_of_empty_batch(call));
-  for (int64_t i = 0; i < batch_size; ++i) {
-    examples.push_back(
-        slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) { return at::select(x, bdim, i); }));
-    op.callBoxed(&examples.back());
-  }
-  Stack results;
-  for (size_t r = 0; r < op.schema().returns().size(); ++r) {
-    const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
-    const auto& first = result(examples[0]);
-    if (first.isTensor()) {
-      results.emplace_back(first.toTensor().defined() ? stack_examples(op, examples, empty_batch, result) : at::Tensor());
-    } else if (first.isTensorList()) {
-      std::vector<at::Tensor> list;
-      for (size_t k = 0; k < first.toListRef().size(); ++k) {
-        list.push_back(stack_examples(op, examples, empty_batch,
-                                      [&](const Stack& example) { return result(example).toListRef()[k]; }));
-      }
-      results.emplace_back(list);
-    } else {
-      refuse_operator(op, "Its result is not a tensor, so it cannot differ between examples.");
-    }
-  }
-  call.take_results(std::move(results));
-  call.finish();
+  is_random ? draw_each_example(call) : run_each_example(call);
 }
 
+constexpr const char* kPythonValue =
+    "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each example has "
+    "another value. Use torch.where in place of `if`, and keep values in tensors.";
+constexpr auto kImplicit = c10::DispatchKey::CompositeImplicitAutograd;
+constexpr auto kExplicit = c10::DispatchKey::CompositeExplicitAutograd;
+
 void without_rule(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  if (try_out_form(op, *stack)) return;
-  constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
-  if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, *stack);
-  if (op.hasTag(at::Tag::data_dependent_output)) refuse_python_value(op);
-  if (op.hasTag(at::Tag::inplace_view)) {
-    refuse_operator(op,
-                    "It gives a tensor another shape in place. Use the out-of-place form, for example "
-                    "x.reshape(...) or x[:n].");
+  const auto plan = plan_without_rule(op);
+  switch (plan.handling) {
+    case Handling::kOutForm:
+      return run_out_form(op, *stack);
+    case Handling::kComposition:
+      return op.callBoxedForDispatchKey(kImplicit, *stack);
+    case Handling::kPrimitive:
+      return op.callBoxedForDispatchKey(kExplicit, *stack);
+    case Handling::kRefusal:
+      refuse_operator(op, plan.detail);
+    case Handling::kDecomposition:
+      python_hooks().install_decomposition(op.operator_name());
+      return op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), stack);
+    default:
+      loop(op, *stack);
   }
-  // The steps in which PyTorch writes its decompositions are compositions of aten operators themselves.
-  constexpr auto kExplicit = c10::DispatchKey::CompositeExplicitAutograd;
-  if (op.operator_name().getNamespace() == "prims" && op.hasKernelForDispatchKey(kExplicit)) {
-    return op.callBoxedForDispatchKey(kExplicit, *stack);
-  }
-  if (python_hooks().install_decomposition(op.operator_name())) {
-    return op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), stack);
-  }
-  loop(op, *stack);
 }
 
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
@@ -150,11 +133,77 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
 
 }  // namespace
 
+Plan plan_without_rule(const c10::OperatorHandle& op) {
+  if (has_functional_form(op)) return {Handling::kOutForm};
+  if (op.hasKernelForDispatchKey(kImplicit)) return {Handling::kComposition};
+  if (op.hasTag(at::Tag::data_dependent_output)) {
+    return {Handling::kRefusal, kPythonValue};
+  }
+  if (op.hasTag(at::Tag::inplace_view)) {
+    return {Handling::kRefusal,
+            "It gives a tensor another shape in place. Use the out-of-place form, for example x.reshape(...) or "
+            "x[:n]."};
+  }
+  const auto& name = op.operator_name();
+  if (name.getNamespace() == "prims" && op.hasKernelForDispatchKey(kExplicit)) return {Handling::kPrimitive};
+  if (python_hooks().has_decomposition(name)) return {Handling::kDecomposition};
+  for (const auto& result : op.schema().returns()) {
+    if (is_tensor_type(*result.type())) continue;
+    return {Handling::kRefusal, "Its result is not a tensor, so it cannot differ between examples."};
+  }
+  return {Handling::kLoop};
+}
+
+Plan plan_of(const c10::OperatorHandle& op) {
+  const auto& arguments = op.schema().arguments();
+  const bool takes_tensor = std::any_of(arguments.begin(), arguments.end(),
+                                        [](const c10::Argument& argument) { return is_tensor_type(*argument.type()); });
+  if (!takes_tensor && !op.hasTag(at::Tag::nondeterministic_seeded)) return {Handling::kOneLevelDown};
+  if (const auto* row = RuleTable::find(op.operator_name())) {
+    return {row->advice == nullptr ? Handling::kRule : Handling::kRefusal,
+            row->advice == nullptr ? row->family : row->advice};
+  }
+  return plan_without_rule(op);
+}
+
+void run_each_example(BatchCall& call, const std::function<void(int64_t example)>& before_each) {
+  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
+  const bool empty_batch = batch_size == 0;
+  std::vector<Stack> examples;
+  if (empty_batch) examples.push_back(run_example_of_empty_batch(call));
+  for (int64_t i = 0; i < batch_size; ++i) {
+    if (before_each) before_each(i);
+    examples.push_back(
+        slice_arguments(call, [&](const at::Tensor& x, int64_t bdim) { return at::select(x, bdim, i); }));
+    call.op().callBoxed(&examples.back());
+  }
+  Stack results;
+  for (size_t r = 0; r < call.schema().returns().size(); ++r) {
+    const auto result = [&](const Stack& example) -> const c10::IValue& { return example[r]; };
+    const auto& first = result(examples[0]);
+    if (first.isTensor()) {
+      results.emplace_back(first.toTensor().defined() ? stack_examples(call.op(), examples, empty_batch, result)
+                                                      : at::Tensor());
+    } else {
+      std::vector<at::Tensor> list;
+      for (size_t k = 0; k < first.toListRef().size(); ++k) {
+        list.push_back(stack_examples(call.op(), examples, empty_batch,
+                                      [&](const Stack& example) { return result(example).toListRef()[k]; }));
+      }
+      results.emplace_back(list);
+    }
+  }
+  call.take_results(std::move(results));
+  call.finish();
+}
+
 void refuse_operator(const c10::OperatorHandle& op, const std::string& advice) {
   const auto where = python_hooks().user_location();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "vmap: ", op.operator_name(), " cannot run on batched values",
                               where.empty() ? "" : " (at " + where + ")", ". ", advice);
 }
+
+void refuse_python_value(const c10::OperatorHandle& op) { refuse_operator(op, kPythonValue); }
 
 int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes) {
   const auto& values = innermost_value(sizes);
@@ -163,18 +212,12 @@ int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes) {
   const auto smallest = low.item<int64_t>();
   const auto largest = high.item<int64_t>();
   if (smallest != largest) {
-    refuse_operator(op, c10::str("The size of its result depends on the data: it is ", smallest,
-                                        " in one example and ", largest,
-                                        " in another, and all must have one shape. Use an operation of fixed shape, "
-                                        "for example torch.where, or call it outside vmap."));
+    refuse_operator(
+        op, c10::str("The size of its result depends on the data: it is ", smallest, " in one example and ", largest,
+                     " in another, and all must have one shape. Use an operation of fixed shape, "
+                     "for example torch.where, or call it outside vmap."));
   }
   return smallest;
-}
-
-void refuse_python_value(const c10::OperatorHandle& op) {
-  refuse_operator(op,
-                  "It turns tensor values into Python values (as .item(), bool(tensor) or `if tensor:` do), and each "
-                  "example has another value. Use torch.where in place of `if`, and keep values in tensors.");
 }
 
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level) {

@@ -4,27 +4,55 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <functional>
+
 namespace functorch_lite {
 
+class BatchCall;
 class VmapLevel;
 
 // Raises: vmap cannot run `op` on batched values.
 [[noreturn]] void refuse_operator(const c10::OperatorHandle& op, const std::string& advice);
 
+// Raises: the examples have other values, and Python wants one.
+[[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
+
 // The one value of these sizes, which depend on data. Raises if examples differ in it, of whatever vmap; 0 if there are
 // no examples.
 int64_t common_size(const c10::OperatorHandle& op, const at::Tensor& sizes);
 
-// Raises: the examples have other values, and Python wants one.
-[[noreturn]] void refuse_python_value(const c10::OperatorHandle& op);
-
 // Raises if the vmap that runs was not told what random operators shall do.
 void check_randomness(const c10::OperatorHandle& op, const VmapLevel& level);
 
+// Calls the operator once for each example and stacks the results, with the batch in front.
+void run_each_example(BatchCall& call, const std::function<void(int64_t example)>& before_each = nullptr);
+
+// How vmap runs an operator on batched values.
+enum class Handling : uint8_t {
+  kOneLevelDown,   // it takes no tensor, so nothing of it can be batched
+  kRule,           // by its batching rule
+  kOutForm,        // as the form without `out`, whose results are written into the arguments
+  kComposition,    // as PyTorch composes it of other operators
+  kPrimitive,      // as one of the steps in which PyTorch writes its decompositions
+  kRefusal,        // it cannot: `detail` is the advice to the user
+  kDecomposition,  // as PyTorch decomposes it for tracing
+  kLoop,           // once for each example
+};
+struct Plan {
+  Handling handling;
+  const char* detail = "";
+};
+// For operators without a batching rule.
+Plan plan_without_rule(const c10::OperatorHandle& op);
+// For any operator, where nobody but this package has registered rules: what docs/coverage.md lists.
+Plan plan_of(const c10::OperatorHandle& op);
+
 // What the Python side provides, set once, at import.
 struct PythonHooks {
-  // Registers a decomposition of the operator as its batching rule, if PyTorch has one.
-  bool (*install_decomposition)(const c10::OperatorName& name) = nullptr;
+  // Whether PyTorch has a decomposition of the operator.
+  bool (*has_decomposition)(const c10::OperatorName& name) = nullptr;
+  // Registers it as the operator's batching rule.
+  void (*install_decomposition)(const c10::OperatorName& name) = nullptr;
   // Warns, once for each place in the user's program, that the operator runs as a loop.
   void (*warn_loop)(const c10::OperatorName& name) = nullptr;
   // "file.py:12", the innermost line of the user's program, or an empty string.

@@ -183,10 +183,16 @@ struct Reduce {
 struct ReduceAll {
   c10::OperatorHandle sibling;
   void operator()(BatchCall& call) const {
-    call.to_front(0);
+    const auto& x = call.to_front(0);
     const bool wants_list = sibling.schema().arguments()[position_of(sibling.schema(), "dim")].type()->str() != "int";
-    c10::IValue dim = wants_list ? c10::IValue(std::vector<int64_t>{1}) : c10::IValue(1);
-    call.call(sibling, arguments_for(sibling, call, {{"self", flatten_examples(call.tensor(0))}, {"dim", dim}}));
+    if (wants_list && x.dim() > 1) {
+      std::vector<int64_t> dims;
+      for (int64_t d = 1; d < x.dim(); ++d) dims.push_back(d);
+      call.call(sibling, arguments_for(sibling, call, {{"self", x}, {"dim", dims}}));
+    } else {
+      const c10::IValue dim = wants_list ? c10::IValue(std::vector<int64_t>{1}) : c10::IValue(1);
+      call.call(sibling, arguments_for(sibling, call, {{"self", flatten_examples(x)}, {"dim", dim}}));
+    }
     while (call.count_results() > call.schema().returns().size()) call.drop_last_result();
     call.finish();
   }
@@ -284,9 +290,21 @@ Family shaped(std::string size, std::vector<std::string> dims) {
 }
 
 Family forbid(const char* advice) {
-  return {"forbid", [advice](const c10::FunctionSchema&) -> Rule {
+  return {"forbid",
+          [advice](const c10::FunctionSchema&) -> Rule {
             return [advice](BatchCall& call) { refuse_operator(call.op(), advice); };
-          }};
+          },
+          advice};
+}
+
+bool any_batched(const c10::IValue* values, size_t n) {
+  const auto& level = current_vmap_level();
+  bool any = false;
+  for_each_tensor(values, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = wrapper_at(tensor, &level);
+    any |= wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
+  });
+  return any;
 }
 
 int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }

@@ -23,7 +23,7 @@ Family expanded_along(std::vector<std::string> dims);
 // As `along` for reductions, where no dimensions means all of them. Honours `keepdim`.
 Family reduce(std::string dim);
 
-// A reduction of everything, as the sibling operator with a `dim` argument: x[B,*] -> x[B,n] -> y[B].
+// A reduction of everything, as the sibling operator with a `dim` argument: x[B,*] -> y[B].
 Family reduce_all(const char* sibling);
 
 // The named size argument describes the result (or the input, in a backward operator): the batch size goes in front.
@@ -40,6 +40,9 @@ Family forbid(const char* advice);
 c10::ScalarType dtype_as_seen(BatchCall& call);
 // Converts the batched arguments to it where it would be another one.
 void promote_as_seen(BatchCall& call);
+
+// Whether any tensor of values[0..n) is batched at the current level: for compositions, which see wrappers.
+bool any_batched(const c10::IValue* values, size_t n);
 
 // dim as user code counts it, in a tensor of logical rank `rank` -> in x[B,*].
 int64_t shift_dim(int64_t dim, int64_t rank);

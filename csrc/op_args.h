@@ -9,11 +9,16 @@ namespace functorch_lite {
 
 using Stack = torch::jit::Stack;
 
+// "sum.dim_IntList" as the dispatcher spells it.
+inline c10::OperatorName aten_name(const std::string& name) {
+  const auto dot = name.find('.');
+  return {"aten::" + name.substr(0, dot), dot == std::string::npos ? std::string() : name.substr(dot + 1)};
+}
+
 // The operator of aten named "sum.dim_IntList".
 inline c10::OperatorHandle find_operator(const std::string& name) {
-  const auto dot = name.find('.');
-  const auto overload = dot == std::string::npos ? std::string() : name.substr(dot + 1);
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + name.substr(0, dot)).c_str(), overload.c_str());
+  const auto full = aten_name(name);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(full.name.c_str(), full.overload_name.c_str());
 }
 
 inline size_t count_arguments(const c10::OperatorHandle& op) { return op.schema().arguments().size(); }

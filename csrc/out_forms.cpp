@@ -6,6 +6,7 @@
 #include <ATen/ops/resize.h>
 
 #include "batch_call.h"
+#include "shared_memory.h"
 #include "siblings.h"
 
 namespace functorch_lite {
@@ -13,7 +14,7 @@ namespace {
 
 // Whether somebody else reads or writes the memory of a result: it is an argument or a view of one, or autograd has
 // saved it.
-bool is_shared(const at::Tensor& result, const Stack& arguments) {
+bool is_used_elsewhere(const at::Tensor& result, const Stack& arguments) {
   bool shared = false;
   const auto* memory = &result;
   while (const auto* wrapper = as_wrapper(*memory)) {
@@ -26,20 +27,6 @@ bool is_shared(const at::Tensor& result, const Stack& arguments) {
   return shared;
 }
 
-// As resize_ does: `out` stays the same tensor and gets other contents. Those share its version counter from now on, so
-// that a write is seen by whoever saved `out`.
-void replace_contents(Wrapper& out, const at::Tensor& value, int64_t bdim) {
-  if (!value.is_inference()) {
-    for (const auto* part = &value; part != nullptr;) {
-      part->unsafeGetTensorImpl()->set_version_counter(out.version_counter());
-      const auto* wrapper = as_wrapper(*part);
-      part = wrapper != nullptr ? &wrapper->value() : nullptr;
-    }
-    out.bump_version();
-  }
-  out.replace_value(value, bdim);
-}
-
 // Gives `out` the result as its contents, in the shape of the result and the dtype of `out`.
 void write_out(const c10::OperatorHandle& op, const Stack& arguments, const at::Tensor& out, const at::Tensor& result) {
   TORCH_CHECK_TYPE(c10::canCast(result.scalar_type(), out.scalar_type()), "vmap: ", op.operator_name().name,
@@ -47,10 +34,11 @@ void write_out(const c10::OperatorHandle& op, const Stack& arguments, const at::
                    out.scalar_type(), ", to which that cannot be cast. Pass an out tensor of the dtype of the result.");
   auto& level = current_vmap_level();
   auto* wrapper = wrapper_at(out, &level);
-  TORCH_CHECK_VALUE(wrapper != nullptr || wrapper_at(result, &level) == nullptr, "vmap: ", op.operator_name().name,
-                    " writes batched values into a tensor that is not batched, given as out (shape ", out.sym_sizes(),
-                    "): every example would need its own copy. Use what ", op.operator_name().name,
-                    " returns without out, or make the tensor from a batched one, for example with x.new_empty(0).");
+  const auto is_batched = [&](const at::Tensor& x) {
+    const auto* candidate = wrapper_at(x, &level);
+    return candidate != nullptr && candidate->bdim() != kNoBatchDim;
+  };
+  if (wrapper == nullptr && is_batched(result)) refuse_outside_write(op, out);
   if (out.sym_sizes() == result.sym_sizes()) {
     out.copy_(result);
     return;
@@ -64,13 +52,15 @@ void write_out(const c10::OperatorHandle& op, const Stack& arguments, const at::
     out.copy_(result);
     return;
   }
+  // As resize_ does: out stays the same tensor and gets other contents.
   auto contents = result.to(out.scalar_type());
-  if (is_shared(contents, arguments)) contents = at::clone(contents);
-  if (const auto* batched = wrapper_at(contents, &level)) {
-    return replace_contents(*wrapper, batched->value(), batched->bdim());
-  }
+  if (is_used_elsewhere(contents, arguments)) contents = at::clone(contents);
+  out.unsafeGetTensorImpl()->bump_version();
+  const auto* source = wrapper_at(contents, &level);
+  if (is_batched(contents)) return replace_value(*wrapper, source->value(), source->bdim());
+  const auto& value = source != nullptr ? source->value() : contents;
   const RunBelow below(level);
-  replace_contents(*wrapper, at::clone(expand_batch(contents, level.batch_size())), 0);
+  replace_value(*wrapper, at::clone(expand_batch(value, level.batch_size())), 0);
 }
 
 // Factories make, and sums add up in, what is given as `out` if nothing else is said.
@@ -84,10 +74,12 @@ void set_options(const Sibling& functional, const at::Tensor& out, Stack& argume
 
 }  // namespace
 
-bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
-  if (!is_out_form(op.schema())) return false;
+bool has_functional_form(const c10::OperatorHandle& op) {
+  return is_out_form(op.schema()) && find_sibling(op) != nullptr;
+}
+
+void run_out_form(const c10::OperatorHandle& op, Stack& stack) {
   const auto* functional = find_sibling(op);
-  if (functional == nullptr) return false;
   const Stack arguments = torch::jit::pop(stack, count_arguments(op));
   auto results = functional->arguments(arguments);
   const auto first_out = arguments.size() - functional->op.schema().returns().size();
@@ -106,7 +98,6 @@ bool try_out_form(const c10::OperatorHandle& op, Stack& stack) {
     }
     if (!op.schema().returns().empty()) stack.push_back(out);
   }
-  return true;
 }
 
 }  // namespace functorch_lite

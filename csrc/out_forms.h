@@ -5,8 +5,10 @@
 
 namespace functorch_lite {
 
-// Runs the form of `op` that returns new tensors, and gives its results to the `out` arguments. False, and nothing is
-// done, if `op` has no `out` argument or no such form.
-bool try_out_form(const c10::OperatorHandle& op, Stack& stack);
+// Whether `op` has `out` arguments, and a form that returns new tensors.
+bool has_functional_form(const c10::OperatorHandle& op);
+
+// Runs that form, and gives its results to the `out` arguments.
+void run_out_form(const c10::OperatorHandle& op, Stack& stack);
 
 }  // namespace functorch_lite

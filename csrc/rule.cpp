@@ -3,7 +3,7 @@
 
 #include <ATen/core/enum_tag.h>
 
-#include <unordered_set>
+#include <unordered_map>
 
 #include "families.h"
 #include "keys.h"
@@ -16,7 +16,7 @@ namespace {
 struct Table {
   std::vector<RuleTable::Row> rows;
   std::vector<std::string> unknown;
-  std::unordered_set<c10::OperatorName> names;
+  std::unordered_map<c10::OperatorName, size_t> index;  // into rows
   std::vector<c10::RegistrationHandleRAII> registrations;
 };
 
@@ -47,23 +47,24 @@ class CompositionKernel final : public c10::OperatorKernel {
 };
 
 template <class Kernel>
-void enter(const c10::OperatorHandle& op, const char* family, std::unique_ptr<Kernel> kernel) {
+void enter(const c10::OperatorHandle& op, const Family& family, RuleTable::Here here, std::unique_ptr<Kernel> kernel) {
   const auto& name = op.operator_name();
-  TORCH_INTERNAL_ASSERT(table().names.insert(name).second, "two batching rules for ", name);
-  table().rows.push_back({c10::toString(name), family});
+  TORCH_INTERNAL_ASSERT(table().index.emplace(name, table().rows.size()).second, "two batching rules for ", name);
+  table().rows.push_back({c10::toString(name), family.name, family.advice, here.file_name()});
   auto boxed = c10::BoxedKernel::makeFromFunctor(std::move(kernel));
   table().registrations.push_back(c10::Dispatcher::singleton().registerImpl(
-      name, kBatchingRules, c10::KernelFunction::makeFromBoxedKernel(std::move(boxed)), std::nullopt, nullptr, family));
+      name, kBatchingRules, c10::KernelFunction::makeFromBoxedKernel(std::move(boxed)), std::nullopt, nullptr,
+      family.name));
 }
 
 template <class MakeKernel>
-void add_rows(const char* family, const std::vector<const char*>& operators, MakeKernel&& make_kernel) {
-  for (const std::string full : operators) {
-    const auto dot = full.find('.');
-    const c10::OperatorName name{"aten::" + full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)};
+void add_rows(const Family& family, const std::vector<const char*>& operators, RuleTable::Here here,
+              MakeKernel&& make_kernel) {
+  for (const auto* operator_name : operators) {
+    const auto name = aten_name(operator_name);
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (op.has_value()) {
-      enter(*op, family, make_kernel(*op));
+      enter(*op, family, here, make_kernel(*op));
     } else {
       table().unknown.push_back(c10::toString(name));
     }
@@ -72,28 +73,33 @@ void add_rows(const char* family, const std::vector<const char*>& operators, Mak
 
 }  // namespace
 
-void RuleTable::add(const Family& family, const std::vector<const char*>& operators) {
-  add_rows(family.name, operators,
+void RuleTable::add(const Family& family, const std::vector<const char*>& operators, Here here) {
+  add_rows(family, operators, here,
            [&](const c10::OperatorHandle& op) { return std::make_unique<RuleKernel>(family.rule_for(op.schema())); });
 }
 
-void RuleTable::add(void (*rule)(BatchCall&), const std::vector<const char*>& operators) {
-  add_rows("rule", operators, [&](const c10::OperatorHandle&) { return std::make_unique<RuleKernel>(rule); });
+void RuleTable::add(void (*rule)(BatchCall&), const std::vector<const char*>& operators, Here here) {
+  add_rows({"rule", {}}, operators, here,
+           [&](const c10::OperatorHandle&) { return std::make_unique<RuleKernel>(rule); });
 }
 
-void RuleTable::add(Composition composition, const std::vector<const char*>& operators) {
-  add_rows("composition", operators,
+void RuleTable::add(Composition composition, const std::vector<const char*>& operators, Here here) {
+  add_rows({"composition", {}}, operators, here,
            [&](const c10::OperatorHandle&) { return std::make_unique<CompositionKernel>(composition); });
 }
 
-void RuleTable::add_default(const Family& family, const c10::OperatorHandle& op) {
-  if (has(op.operator_name())) return;
-  enter(op, family.name, std::make_unique<RuleKernel>(family.rule_for(op.schema())));
+void RuleTable::add_default(const Family& family, const c10::OperatorHandle& op, Here here) {
+  if (find(op.operator_name()) != nullptr) return;
+  enter(op, family, here, std::make_unique<RuleKernel>(family.rule_for(op.schema())));
 }
 
 const std::vector<RuleTable::Row>& RuleTable::rows() { return table().rows; }
 const std::vector<std::string>& RuleTable::unknown_operators() { return table().unknown; }
-bool RuleTable::has(const c10::OperatorName& name) { return table().names.count(name) > 0; }
+
+const RuleTable::Row* RuleTable::find(const c10::OperatorName& name) {
+  const auto found = table().index.find(name);
+  return found == table().index.end() ? nullptr : &table().rows[found->second];
+}
 
 namespace {
 
@@ -141,6 +147,8 @@ void register_batching_rules() {
   add_python_value_rules(rules);
   add_foreach_rules(rules);
   add_optimizer_rules(rules);
+  add_recurrent_rules(rules);
+  add_remaining_rules(rules);
   add_default_rows(rules);
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <functional>
+#include <source_location>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ using Rule = std::function<void(BatchCall&)>;
 struct Family {
   const char* name;
   std::function<Rule(const c10::FunctionSchema&)> rule_for;
+  const char* advice = nullptr;  // of families that refuse
 };
 
 // A composition of other operators on wrappers, run at the vmap level itself. Takes and leaves boxed arguments.
@@ -26,21 +28,25 @@ using Composition = void (*)(const c10::OperatorHandle& op, Stack& stack);
 
 class RuleTable {
  public:
+  using Here = std::source_location;  // of the row, for listings
   // Operators are named without "aten::". One that this PyTorch does not have is remembered, not an error:
   // the set differs between releases.
-  void add(const Family& family, const std::vector<const char*>& operators);
-  void add(void (*rule)(BatchCall&), const std::vector<const char*>& operators);
-  void add(Composition composition, const std::vector<const char*>& operators);
+  void add(const Family& family, const std::vector<const char*>& operators, Here here = Here::current());
+  void add(void (*rule)(BatchCall&), const std::vector<const char*>& operators, Here here = Here::current());
+  void add(Composition composition, const std::vector<const char*>& operators, Here here = Here::current());
   // Same as `family` for one operator given by its handle, unless it has a rule.
-  void add_default(const Family& family, const c10::OperatorHandle& op);
+  void add_default(const Family& family, const c10::OperatorHandle& op, Here here = Here::current());
 
   struct Row {
     std::string op;
-    std::string family;
+    const char* family;
+    const char* advice;  // null unless the row refuses the operator
+    const char* file;    // that has the row
   };
   static const std::vector<Row>& rows();
   static const std::vector<std::string>& unknown_operators();
-  static bool has(const c10::OperatorName& name);
+  // The row of an operator, or null.
+  static const Row* find(const c10::OperatorName& name);
 };
 
 // Position of a named argument; a wrong name fails at import.

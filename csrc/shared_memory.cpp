@@ -28,16 +28,6 @@ at::Tensor copy_for_each_example(const at::Tensor& x, const c10::SymInt& batch_s
   return x.new_empty_strided_symint(sizes, strides).copy_(x);
 }
 
-// The value changes, but who counts writes to the old one is to see those to the new.
-void replace_value(Wrapper& wrapper, at::Tensor value, int64_t bdim) {
-  for (const auto* inner = &value;; inner = &as_wrapper(*inner)->value()) {
-    auto* impl = inner->unsafeGetTensorImpl();
-    if (!impl->is_inference()) impl->set_version_counter(wrapper.version_counter());
-    if (as_wrapper(impl) == nullptr) break;
-  }
-  wrapper.replace_value(std::move(value), bdim);
-}
-
 at::Tensor make_view_again(const ViewRecord& record) {
   auto stack = record.arguments;
   record.op->callBoxed(&stack);
@@ -46,6 +36,15 @@ at::Tensor make_view_again(const ViewRecord& record) {
 }
 
 }  // namespace
+
+void replace_value(Wrapper& wrapper, at::Tensor value, int64_t bdim) {
+  for (const auto* inner = &value;; inner = &as_wrapper(*inner)->value()) {
+    auto* impl = inner->unsafeGetTensorImpl();
+    if (!impl->is_inference()) impl->set_version_counter(wrapper.version_counter());
+    if (as_wrapper(impl) == nullptr) break;
+  }
+  wrapper.replace_value(std::move(value), bdim);
+}
 
 ViewRecord::ViewRecord(Wrapper& of, c10::intrusive_ptr<Sharers> with) : wrapper(of), sharers(std::move(with)) {
   sharers->wrappers.push_back(&wrapper);

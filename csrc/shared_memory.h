@@ -38,6 +38,9 @@ struct ViewRecord {
   size_t element = 0;  // and which element, if that is a list
 };
 
+// Gives the wrapper another value. Who counts writes to the old one is to see those to the new, which nobody else has.
+void replace_value(Wrapper& wrapper, at::Tensor value, int64_t bdim);
+
 // Wraps the results of the view operator `op`, called with `arguments`, one of which is the wrapper `source`.
 void wrap_views(const c10::OperatorHandle& op, const Stack& arguments, Wrapper& source, c10::IValue* results);
 

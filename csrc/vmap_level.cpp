@@ -46,7 +46,9 @@ at::Tensor viewed_argument(const c10::OperatorHandle& op, const c10::IValue* arg
   return {};
 }
 
-bool is_dense(const at::Tensor& tensor) { return tensor.layout() == c10::kStrided && !tensor.is_quantized(); }
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == c10::kStrided && !tensor.is_quantized() && !tensor.is_nested();
+}
 
 bool shares_memory(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   const auto& memory = innermost_value(tensor);
@@ -78,6 +80,7 @@ void VmapLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     return run(op, stack);
   }
   const bool is_random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (is_random) remember_generator(*this, c10::ArrayRef<c10::IValue>(arguments, n));
   if (!any_batched && !is_random) return run_once(op, stack, any_here);
   if (any_batched || randomness_ == Randomness::kDifferent) make_targets_batched(op, arguments, *this);
   op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);

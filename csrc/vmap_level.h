@@ -3,6 +3,7 @@
 
 #include <c10/core/SymInt.h>
 
+#include "generators.h"
 #include "level.h"
 
 namespace functorch_lite {
@@ -11,13 +12,19 @@ class VmapLevel final : public Level {
  public:
   enum class Randomness : uint8_t { kError, kSame, kDifferent };
 
-  VmapLevel(c10::SymInt batch_size, Randomness randomness)
-      : Level(/*sets_modes=*/false), batch_size_(std::move(batch_size)), randomness_(randomness) {}
+  // `chunks`: if this level runs one of them.
+  VmapLevel(c10::SymInt batch_size, Randomness randomness, c10::intrusive_ptr<Chunks> chunks = {})
+      : Level(/*sets_modes=*/false),
+        batch_size_(std::move(batch_size)),
+        randomness_(randomness),
+        chunks_(std::move(chunks)) {}
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
   const char* kind() const override { return "vmap"; }
   const c10::SymInt& batch_size() const { return batch_size_; }
   Randomness randomness() const { return randomness_; }
+  // Null if the whole batch runs at once.
+  const c10::intrusive_ptr<Chunks>& chunks() const { return chunks_; }
 
  private:
   // For a call without batched arguments; `any_here` if it has arguments of this level.
@@ -25,6 +32,7 @@ class VmapLevel final : public Level {
 
   c10::SymInt batch_size_;
   Randomness randomness_;
+  c10::intrusive_ptr<Chunks> chunks_;
 };
 
 // The innermost level, which must be a vmap: for code that batching rules call.

@@ -118,7 +118,7 @@ def _apply_mapped(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ...
     unwrapped = [level.unwrap(arg) if isinstance(arg, Tensor) else (arg, None) for arg in args]
     dims = tuple(dim for _, dim in unwrapped)
     with _C.Below():
-        mapped = _mapped(cls, dims, level.randomness.name)
+        mapped = _mapped(cls, dims, level)
         outputs = _explained(level, cls, lambda: _apply(mapped, *(value for value, _ in unwrapped)))
         leaves, spec = _tree.flatten(outputs)
     lifted = [level.lift(leaf, 0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -146,8 +146,11 @@ class _Context:
         pass
 
 
-def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: str) -> type[Function]:
-    from functorch_lite._vmap import vmap
+def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], level: _C.VmapLevel) -> type[Function]:
+    from functorch_lite._vmap import map_as, vmap
+
+    forward_of_all = map_as(level, cls.forward, in_dims)
+    randomness = level.randomness.name
 
     def differentiate(ctx: Any, method: Callable[..., Any], vectors: tuple[Any, ...], dims: list[int | None]) -> Any:
         """Call ``method(ctx, *vectors)`` for each example; the result is a tuple with the batch in front."""
@@ -172,7 +175,7 @@ def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], randomness: st
         @staticmethod
         def forward(*args: Any) -> Any:
             versions = [_version(arg) for arg in args]
-            outputs = vmap(cls.forward, in_dims=in_dims, randomness=randomness)(*args)
+            outputs = forward_of_all(*args)
             if versions != [_version(arg) for arg in args]:
                 _checks.refuse_mark_dirty(cls.__name__)
             # An argument that is returned as it is could not be saved.

@@ -29,9 +29,10 @@ check_torch_version(_built_for(), torch.__version__)
 
 def connect() -> None:
     """Give the extension the Python functions that it calls."""
-    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _repr
+    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
 
     _C.set_python_side(
+        _decompose.has_decomposition,
         _decompose.install_decomposition,
         _boundary.warn_loop,
         _boundary.user_location,
@@ -39,5 +40,6 @@ def connect() -> None:
         _checks.EscapedTensorError,
     )
     _repr.install()
+    _new.install()
     _custom_function.install()
     _library_rules.install()

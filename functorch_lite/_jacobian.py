@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_lite import _checks, _tree
+from functorch_lite import _C, _checks, _tree
 from functorch_lite._boundary import boundary
 from functorch_lite._jvp import jvp
 from functorch_lite._vjp import value_and_pullback
-from functorch_lite._vmap import vmap
+from functorch_lite._vmap import map_chunks, vmap
 
 
 def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
@@ -37,15 +37,6 @@ def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return parts
 
 
-def _chunks(leaves: Sequence[Tensor], chunk_size: int | None) -> Iterator[tuple[int, int]]:
-    total = sum(leaf.numel() for leaf in leaves)
-    if chunk_size is None or total <= chunk_size:
-        yield 0, total
-        return
-    for start in range(0, total, chunk_size):
-        yield start, min(start + chunk_size, total)
-
-
 def _apply_to_basis(
     linear: Callable[..., Any],
     leaves: Sequence[Tensor],
@@ -58,8 +49,14 @@ def _apply_to_basis(
 
     With ``has_aux``, ``linear`` returns (results, aux), and aux must be the same for every vector.
     """
-    batched = vmap(linear, out_dims=(0, None) if has_aux else 0, randomness=randomness)
-    pieces = [batched(*_basis(leaves, start, stop)) for start, stop in _chunks(leaves, chunk_size)]
+    out_dims = (0, None) if has_aux else 0
+    total = sum(leaf.numel() for leaf in leaves)
+    if chunk_size is None or total <= chunk_size:
+        pieces = [vmap(linear, out_dims=out_dims, randomness=randomness)(*_basis(leaves, 0, total))]
+    else:
+        starts = range(0, total, chunk_size)
+        chunks = (_basis(leaves, start, min(start + chunk_size, total)) for start in starts)
+        pieces = map_chunks(linear, chunks, total, out_dims, randomness)
     aux = pieces[0][1] if has_aux else None
     rows = [piece[0] for piece in pieces] if has_aux else pieces
     return rows[0] if len(rows) == 1 else [torch.cat(parts) for parts in zip(*rows, strict=True)], aux
@@ -79,6 +76,17 @@ def _check_holomorphic(transform: str, primals: Sequence[Tensor], outputs: Seque
                     f"derivative. Use grad or vjp, whose convention covers this case, or differentiate with respect "
                     f"to the real and imaginary parts."
                 )
+
+
+def _check_aux(transform: str, aux: Any) -> None:
+    """There is one auxiliary output, not one for each pass."""
+    level = _C.current_level()
+    for leaf in _tree.flatten(aux)[0]:
+        if isinstance(leaf, Tensor) and isinstance(level, _C.VmapLevel) and level.unwrap(leaf)[1] is not None:
+            raise ValueError(
+                f"{transform}: the auxiliary output depends on random numbers, which differ between the passes with "
+                f"randomness='different'. Pass randomness='same', or compute it outside {transform}."
+            )
 
 
 def jacrev(
@@ -144,7 +152,9 @@ def _reverse(
                     cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
                 return pullback.pull(cotangents, keep_graph=True)
 
-            return [_parts(row, sizes) for row in _apply_to_basis(linear, pullback.outputs, chunk_size)[0]]
+            # Nothing draws in a backward pass but a checkpoint, which computes the forward pass again.
+            rows, _ = _apply_to_basis(linear, pullback.outputs, chunk_size, randomness="same")
+            return [_parts(row, sizes) for row in rows]
 
         rows = rows_for(1) if pullback.outputs else []
         mixed = any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
@@ -239,6 +249,8 @@ def _forward(
         def linear(*tangents: Tensor) -> Any:
             outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
             _check_holomorphic(transform, primals, outputs)
+            if has_aux:
+                _check_aux(transform, aux[0])
             seen["shapes"] = [output.shape for output in outputs]
             return (derivatives, aux[0]) if has_aux else derivatives
 

@@ -19,7 +19,7 @@ import torch
 from torch._ops import OpOverload
 from torch.library import Library
 
-from functorch_lite import _rules
+from functorch_lite import _linear_cross_entropy, _rules
 
 _KEY = "FuncTorchBatched"
 _plain_impl: Callable[..., None] = Library.impl
@@ -42,7 +42,9 @@ def _adopt(library: Library, op: OpOverload, captured: dict[str, Any]) -> None:
         # A CustomOpDef may get another function later, without another registration.
         return definition._vmap_fn if definition is not None else captured["func"]
 
-    _rules.library_rules[op.name()] = _rules.OperatorRule(op, find_rule)
+    # PyTorch's own rules for these are loops.
+    ours = _linear_cross_entropy.COMPOSITIONS.get(op.name())
+    _rules.library_rules[op.name()] = ours or _rules.OperatorRule(op, find_rule)
     _plain_impl(library, op.name().partition("::")[2], _rules.kernel_of(op), _rules.RULES_KEY)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,12 +67,14 @@ def vmap(
         if chunk_size is None or batch_size <= chunk_size:
             return _map(func, leaves, spec, dims, batch_size, out_dims, mode, kwargs)
         outputs = []
+        chunks = _C.Chunks(batch_size, _generators_in_use())
         for start in range(0, batch_size, chunk_size):
             size = min(chunk_size, batch_size - start)
             chunk = [
                 leaf if dim is None else leaf.narrow(dim, start, size) for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            outputs.append(_map(func, chunk, spec, dims, size, out_dims, mode, kwargs))
+            chunks.begin(size)
+            outputs.append(_map(func, chunk, spec, dims, size, out_dims, mode, kwargs, chunks))
         return _join_chunks(func, outputs, out_dims)
 
     return boundary(mapped, like=func)
@@ -87,8 +89,9 @@ def _map(
     out_dims: Any,
     randomness: _C.Randomness,
     kwargs: dict[str, Any],
+    chunks: _C.Chunks | None = None,
 ) -> Any:
-    with _C.VmapLevel(batch_size, randomness) as level:
+    with _C.VmapLevel(batch_size, randomness, chunks) as level:
         lifted = [leaf if dim is None else level.lift(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
         output = func(*_tree.unflatten(lifted, spec), **kwargs)
         out_leaves, out_spec = _tree.flatten(output)
@@ -99,6 +102,35 @@ def _map(
         for i, ((value, bdim), out_dim) in enumerate(zip(results, flat_dims, strict=True))
     ]
     return _tree.unflatten(placed, out_spec)
+
+
+def map_chunks(
+    func: Callable[..., Any], chunks: Iterable[Sequence[Tensor]], batch_size: int, out_dims: Any, randomness: str
+) -> list[Any]:
+    """What ``func`` returns for each chunk of its arguments, mapped over dimension 0, of a batch of ``batch_size``."""
+    shared = _C.Chunks(batch_size, _generators_in_use())
+    outputs = []
+    for chunk in chunks:
+        leaves, spec = _tree.flatten(tuple(chunk))
+        dims, size = [0] * len(leaves), leaves[0].shape[0]
+        shared.begin(size)
+        outputs.append(_map(func, leaves, spec, dims, size, out_dims, _RANDOMNESS[randomness], {}, shared))
+    return outputs
+
+
+def map_as(level: _C.VmapLevel, func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
+    """``func`` mapped as ``level`` maps: with its randomness, and as the same chunk of a batch."""
+
+    def mapped(*args: Any) -> Any:
+        leaves, spec, dims, batch_size = _flatten_inputs(func, in_dims, args)
+        return _map(func, leaves, spec, dims, batch_size, 0, level.randomness, {}, level.chunks)
+
+    return mapped
+
+
+def _generators_in_use() -> list[torch.Generator]:
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
 
 
 def _path_of_leaf(output: Any, index: int) -> str:

@@ -174,7 +174,7 @@ void conv_tbc_backward(const c10::OperatorHandle& op, Stack& stack) {
 
 void add_convolution_rules(RuleTable& rules) {
   rules.add(&convolution_rule, {"convolution", "_convolution", "convolution_overrideable"});
-  rules.add(&convolution_backward_rule, {"convolution_backward"});
+  rules.add(&convolution_backward_rule, {"convolution_backward", "convolution_backward_overrideable"});
   rules.add(&conv_tbc, {"conv_tbc"});
   rules.add(&conv_tbc_backward, {"conv_tbc_backward"});
 }

@@ -1,10 +1,13 @@
 // Tables of vectors looked up by index, alone and in bags.
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/one_hot.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scatter.h>
 #include <ATen/ops/stack.h>
@@ -119,17 +122,24 @@ void embedding_renorm_rule(BatchCall& call) {
   call.finish();
 }
 
-// index[B,*] -> y[B,*,n]
+// index[B,*] -> y[B,*,n]. Without num_classes n is what the largest index says, which must be so in every example.
 void one_hot_rule(BatchCall& call) {
-  const auto n = call.arg("num_classes").toInt();
-  if (n < 0) {
-    refuse_operator(call.op(),
-                    "Without num_classes the shape of its result depends on the data. Give it the number of classes.");
-  }
   const auto& index = call.to_front(0);
-  auto sizes = index.sym_sizes().vec();
-  sizes.emplace_back(n);
-  call.set_results(at::zeros_symint(sizes, index.options()).scatter(-1, index.unsqueeze(-1), 1));
+  if (call.arg("num_classes").toInt() >= 0) {
+    auto sizes = index.sym_sizes().vec();
+    sizes.push_back(call.arg("num_classes").toSymInt());
+    call.set_results(at::zeros_symint(sizes, index.options()).scatter(-1, index.unsqueeze(-1), 1));
+    return call.finish();
+  }
+  TORCH_CHECK_VALUE(index.sym_numel() > 0,
+                    "vmap: one_hot of an empty tensor does not know the number of classes. Pass num_classes.");
+  const auto y = at::one_hot(index);
+  const auto n = y.sym_size(-1);
+  TORCH_CHECK_VALUE((at::amax(flatten_examples(index), 1) == n - 1).all().item<bool>(),
+                    "vmap: one_hot without num_classes has as many classes as the largest index says, and the "
+                    "examples differ in it (the largest of all is ",
+                    n - 1, "). Pass num_classes, the same for all examples.");
+  call.set_results(y);
   call.finish();
 }
 
@@ -209,6 +219,8 @@ void embedding_bag_rule(BatchCall& call) {
   if (call.arg("include_last_offset").toBool()) bags_count = bags_count - 1;
   const Bags bags(call, bags_count);
   auto rows = look_up(call, 0, bags.index);
+  const auto dtype = rows.scalar_type();
+  rows = rows.to(at::toOpMathType(dtype));  // sums are rounded once
   const auto scales = call.position("per_sample_weights");
   if (call.is_tensor(scales)) rows = rows * call.expand_to_front(scales).unsqueeze(-1);
   const auto mode = call.arg("mode").toInt();
@@ -220,7 +232,8 @@ void embedding_bag_rule(BatchCall& call) {
     y = bags.sum(rows);
     if (mode == kMean) y = y / bags.size.clamp_min(1).unsqueeze(-1);
   }
-  call.set_results(y, bags.bag.to(bags.index.scalar_type()), bags.size.to(bags.index.scalar_type()), max_indices);
+  call.set_results(y.to(dtype), bags.bag.to(bags.index.scalar_type()), bags.size.to(bags.index.scalar_type()),
+                   max_indices);
   call.finish();
 }
 

@@ -95,7 +95,7 @@ void add_foreach_rules(RuleTable& rules) {
   // All others are pointwise.
   const std::string prefix = "aten::_foreach_";
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
-    if (name.name.rfind(prefix, 0) != 0 || RuleTable::has(name)) continue;
+    if (name.name.rfind(prefix, 0) != 0 || RuleTable::find(name) != nullptr) continue;
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (!op.has_value() || is_out_form(op->schema())) continue;
     const auto row = c10::toString(name).substr(std::string("aten::").size());

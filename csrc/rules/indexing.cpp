@@ -15,7 +15,10 @@
 #include <ATen/ops/scatter_reduce.h>
 #include <ATen/ops/where.h>
 
+#include <algorithm>
+
 #include "../fallback.h"
+#include "../plain_compositions.h"
 #include "data_dependent.h"
 #include "rules.h"
 
@@ -23,6 +26,11 @@ namespace functorch_lite {
 namespace {
 
 using Indices = c10::List<std::optional<at::Tensor>>;
+
+// x with its dimensions in this order, a view; x itself if that is the order they are in.
+at::Tensor in_order(const at::Tensor& x, const std::vector<int64_t>& order) {
+  return std::is_sorted(order.begin(), order.end()) ? x : at::permute(x, order);
+}
 
 // x[d0, i1, i2, d3..] in normal form: the indexed dimensions first, right behind the batch.
 struct IndexCall {
@@ -93,7 +101,7 @@ struct IndexCall {
     if (has_batch) order.push_back(0);
     for (auto d : indexed) order.push_back(d + has_batch);
     for (auto d : kept) order.push_back(d + has_batch);
-    return at::permute(x, order);
+    return in_order(x, order);
   }
 
   // The inverse, for x[B,*].
@@ -102,7 +110,7 @@ struct IndexCall {
     int64_t position = 1;
     for (auto d : indexed) order[d + 1] = position++;
     for (auto d : kept) order[d + 1] = position++;
-    return at::permute(y, order);
+    return in_order(y, order);
   }
 
   // The indices for x[B?,indexed,kept].
@@ -136,7 +144,7 @@ void index_rule(BatchCall& call) {
   const auto x = call.to_front(0);
   const IndexCall index(call);
   const auto picked = at::index(index.normal_form(x, has_batch), index.normal_indices(has_batch));
-  call.set_results(at::permute(picked, index.seen_order()));
+  call.set_results(in_order(picked, index.seen_order()));
   call.finish();
 }
 
@@ -189,10 +197,10 @@ void index_put_rule(BatchCall& call) {
   const auto indices = index.normal_indices(true);
   const auto accumulate = call.arg("accumulate").toBool();
   if (in_place) {
-    at::index_put_(view, indices, at::permute(values, inverse), accumulate);
+    at::index_put_(view, indices, in_order(values, inverse), accumulate);
     call.set_results(x);
   } else {
-    const auto result = at::index_put(view, indices, at::permute(values, inverse), accumulate);
+    const auto result = at::index_put(view, indices, in_order(values, inverse), accumulate);
     call.set_results(index.from_normal_form(result));
   }
   call.finish();
@@ -379,12 +387,13 @@ struct ScatterView {
 }  // namespace
 
 void add_indexing_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : indexing_compositions()) rules.add(composition, {op});
   rules.add(&index_rule, {"index.Tensor", "_unsafe_index.Tensor"});
-  rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"});
+  rules.add(&index_put_rule, {"index_put", "index_put_", "_index_put_impl", "_index_put_impl_", "_unsafe_index_put"});
   rules.add(expanded_along({"dim"}),
-            {"scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce",
-             "scatter_.reduce", "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_",
-             "scatter_reduce.two", "scatter_reduce_.two"});
+            {"scatter.src", "scatter_.src", "scatter.value", "scatter_.value", "scatter.reduce", "scatter_.reduce",
+             "scatter.value_reduce", "scatter_.value_reduce", "scatter_add", "scatter_add_", "scatter_reduce.two",
+             "scatter_reduce_.two"});
   rules.add(&gather_rule, {"gather"});
   rules.add(&index_select_rule, {"index_select"});
   rules.add(&index_add_rule, {"index_add", "index_add_"});

@@ -80,13 +80,14 @@ void solve_ex_rule(BatchCall& call) {
   }
   call.expand_to_front(0);
   const auto rank = std::max(call.rank(0), call.rank(1));
+  const bool pads = call.rank(0) < rank;
   auto sizes = call.tensor(0).sym_sizes().vec();
   call.arg(0) = pad_rank(call.tensor(0), rank);
   call.arg(1) = align(call, 1, rank);
   call.call();
   if (is_vector) call.result(0) = call.result(0).toTensor().squeeze(-1);
   // LU, pivots and info: each has the dimensions of `a` and one fewer than the one before.
-  for (size_t i = 1; i < call.count_results(); ++i) {
+  for (size_t i = 1; i < call.count_results() && pads; ++i) {
     call.result(i) = call.result(i).toTensor().reshape_symint(sizes);
     sizes.pop_back();
   }
@@ -222,7 +223,8 @@ void trace_rule(BatchCall& call) {
 // Raises if the factorization of any example failed. There is no result.
 void check_errors_rule(BatchCall& call) {
   const auto name = call.arg("api_name").toStringRef();
-  at::_linalg_check_errors(call.to_front(0).reshape(-1), name, /*is_matrix=*/false);
+  const auto& info = call.to_front(0);
+  at::_linalg_check_errors(info.dim() == 1 ? info : info.reshape(-1), name, /*is_matrix=*/false);
   call.set_results();
 }
 

@@ -1,11 +1,15 @@
 // Losses. Each example has a loss of its own: what `reduction` sums is one example, never the batch.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
+#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
+#include "../plain_compositions.h"
 #include "rules.h"
 
 namespace functorch_lite {
@@ -17,13 +21,19 @@ c10::SymInt elements_per_example(const at::Tensor& x) {
   return n;
 }
 
+std::vector<int64_t> behind_batch(const at::Tensor& x) {
+  std::vector<int64_t> dims;
+  for (int64_t d = 1; d < x.dim(); ++d) dims.push_back(d);
+  return dims;
+}
+
 // x[B,*] -> y[B]
-at::Tensor sum_examples(const at::Tensor& x) { return x.dim() == 1 ? x : x.flatten(1).sum(1); }
+at::Tensor sum_examples(const at::Tensor& x) { return x.dim() == 1 ? x : x.sum(behind_batch(x)); }
 
 // loss[B,*], reduction -> y[B,*] or y[B]
 at::Tensor reduce_examples(const at::Tensor& loss, int64_t reduction) {
   if (reduction == at::Reduction::None || loss.dim() == 1) return loss;
-  return reduction == at::Reduction::Mean ? loss.flatten(1).mean(1) : sum_examples(loss);
+  return reduction == at::Reduction::Mean ? loss.mean(behind_batch(loss)) : sum_examples(loss);
 }
 
 // The kernels compute without reduction: x[B?,*], target[B?,*], weights[B?,*] -> loss[B,*].
@@ -131,20 +141,21 @@ void nll_loss_backward_rule(BatchCall& call) {
   call.finish();
 }
 
-// Margin losses of rows: x[B?,N,C] or x[B?,C] as rows x[B*N,C].
+// Margin losses of rows: x[B?,N,C] or x[B?,C] as rows x[B*N,C]. A scalar is a row of one class.
 class Rows {
  public:
   explicit Rows(BatchCall& call) : call_(call), rank_(call.rank(call.position("self"))) {
     reduction_ = call.arg("reduction").toInt();
     call.arg("reduction") = static_cast<int64_t>(at::Reduction::None);
     const auto& x = call.expand_to_front(call.position("self"));
-    count_ = rank_ == 1 ? c10::SymInt(1) : x.sym_size(1);
+    count_ = rank_ < 2 ? c10::SymInt(1) : x.sym_size(1);
   }
   // x[B?,N,*] -> x[B*N,*], and x[B?,*] without rows likewise.
   at::Tensor stack(const char* name, bool has_classes) {
     const auto& x = call_.expand_to_front(call_.position(name));
     // A single row may come as a scalar or as a vector of one element.
-    return has_classes ? x.reshape_symint({batch_rows(), x.sym_size(-1)}) : x.reshape_symint({batch_rows()});
+    if (!has_classes) return x.reshape_symint({batch_rows()});
+    return x.reshape_symint({batch_rows(), rank_ == 0 ? c10::SymInt(1) : x.sym_size(-1)});
   }
   // grad[B?] or grad[B?,N] -> grad[B*N], for the loss without reduction.
   at::Tensor stack_gradient() {
@@ -162,7 +173,7 @@ class Rows {
   // loss[B*N] -> loss[B,N] or loss[B]
   at::Tensor reduce(const at::Tensor& loss) {
     const auto rows = loss.reshape_symint({call_.batch_size(), count_});
-    return rank_ == 1 ? rows.squeeze(1) : reduce_examples(rows, reduction_);
+    return rank_ < 2 ? rows.squeeze(1) : reduce_examples(rows, reduction_);
   }
   c10::SymInt batch_rows() const { return call_.batch_size() * count_; }
 
@@ -231,9 +242,65 @@ void multilabel_margin_loss_backward_rule(BatchCall& call) {
   call.finish();
 }
 
+// lengths[B,N], targets[B*S]: the kernel checks the sum over all examples only.
+void check_total(const at::Tensor& lengths, const at::Tensor& targets) {
+  const auto length = targets.sym_size(0) / lengths.sym_size(0);
+  at::_assert_async((lengths.sum(1) == length).all(),
+                    "vmap: ctc_loss: targets of one dimension hold one target behind the other, but target_lengths do "
+                    "not add up to the number of targets of each example.");
+}
+
+// The sequences of all examples as those of one call, x[B?,T,N,C] -> x[T,B*N,C] and everything else y[B?,N,*] ->
+// y[B*N,*], targets that stand one behind the other included. Lists of lengths become tensors.
+Stack ctc_arguments(BatchCall& call) {
+  Stack arguments;
+  const bool in_a_row = call.rank(call.position("targets")) == 1;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (call.arg(i).isIntList()) {
+      const Outside no_level_wraps_it;
+      call.arg(i) = at::tensor(call.arg(i).toIntVector(), c10::kLong);
+    }
+    if (call.is_tensor(i)) {
+      const auto& x = call.expand_to_front(i, /*rank=*/1);
+      if (i == call.position("target_lengths") && in_a_row) check_total(x, call.arg("targets").toTensor());
+      call.arg(i) = i == call.position("log_probs") ? fold_batch(x, 0, 1) : merge_dims(x, 0);
+    }
+    arguments.push_back(call.arg(i));
+  }
+  return arguments;
+}
+
+// log_probs[B?,T,N,C], targets[B?,N,S] or [B?,S], lengths[B?,N] -> loss[B,N], and a workspace[B,N,T,L], as long as the
+// longest target of all examples needs.
+void ctc_loss_rule(BatchCall& call) {
+  static const auto with_tensors = find_operator("_ctc_loss.Tensor");
+  if (call.batch_size() == 0) {
+    const auto& x = call.expand_to_front(0);
+    call.set_results(at::zeros_symint({0, x.sym_size(2)}, x.options()),
+                     at::zeros_symint({0, x.sym_size(2), x.sym_size(1), 1}, x.options()));
+    return call.finish();
+  }
+  call.call(with_tensors, ctc_arguments(call));
+  for (size_t i = 0; i < 2; ++i) call.result(i) = unfold_batch(call.result(i).toTensor(), 0, call.batch_size());
+  call.finish();
+}
+
+// grad[B?,N], log_probs[B?,T,N,C], .. -> grad_log_probs[B,T,N,C]
+void ctc_loss_backward_rule(BatchCall& call) {
+  static const auto with_tensors = find_operator("_ctc_loss_backward.Tensor");
+  if (call.batch_size() == 0) {
+    call.set_results(at::zeros_like(call.expand_to_front(call.position("log_probs"))));
+    return call.finish();
+  }
+  call.call(with_tensors, ctc_arguments(call));
+  call.set_results(unfold_batch(call.result().toTensor(), 1, call.batch_size()));
+  call.finish();
+}
+
 }  // namespace
 
 void add_loss_rules(RuleTable& rules) {
+  for (const auto& [op, composition] : loss_compositions()) rules.add(composition, {op});
   rules.add(&elementwise_loss_rule, {"mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
                                      "binary_cross_entropy_with_logits", "soft_margin_loss"});
   rules.add(&elementwise_loss_backward_rule, {"mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
@@ -244,6 +311,8 @@ void add_loss_rules(RuleTable& rules) {
   rules.add(&multi_margin_loss_backward_rule, {"multi_margin_loss_backward"});
   rules.add(&multilabel_margin_loss_rule, {"multilabel_margin_loss_forward"});
   rules.add(&multilabel_margin_loss_backward_rule, {"multilabel_margin_loss_backward"});
+  rules.add(&ctc_loss_rule, {"_ctc_loss", "_ctc_loss.Tensor"});
+  rules.add(&ctc_loss_backward_rule, {"_ctc_loss_backward", "_ctc_loss_backward.Tensor"});
 }
 
 }  // namespace functorch_lite

@@ -1,6 +1,8 @@
 // Products of matrices and vectors. Only the batched operand gets the batch: x[B,m,k] @ y[k,n] stays one product.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_cdist_forward.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -13,7 +15,17 @@ namespace functorch_lite {
 namespace {
 
 // a[B?,m,k], b[B?,k,n] -> c[B,m,n]
-at::Tensor product(BatchCall& call, size_t a, size_t b) { return at::matmul(call.to_front(a), call.to_front(b)); }
+at::Tensor product(BatchCall& call, size_t a, size_t b) {
+  const auto& x = call.to_front(a);
+  const auto& y = call.to_front(b);
+  // A sparse matrix meets the columns of all examples at once, for it has no product with a stack of matrices.
+  if (x.layout() != c10::kStrided && call.is_batched(b) && y.dim() == 3) {
+    const auto columns = y.permute({1, 0, 2}).reshape_symint({y.sym_size(1), y.sym_size(0) * y.sym_size(2)});
+    return at::matmul(x, columns).reshape_symint({x.sym_size(0), y.sym_size(0), y.sym_size(2)}).permute({1, 0, 2});
+  }
+  const bool plain_stacks = call.is_batched(a) && call.is_batched(b) && x.dim() == 3 && y.dim() == 3;
+  return plain_stacks ? at::bmm(x, y) : at::matmul(x, y);
+}
 
 // a[B?,m,k], v[B?,k] -> y[B,m]
 at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
@@ -21,7 +33,7 @@ at::Tensor matrix_vector(BatchCall& call, size_t a, size_t v) {
   const auto& vector = call.to_front(v);
   if (!call.is_batched(v)) return at::matmul(matrix, vector);
   if (!call.is_batched(a)) return at::matmul(vector, matrix.t());
-  return at::matmul(matrix, vector.unsqueeze(-1)).squeeze(-1);
+  return at::bmm(matrix, vector.unsqueeze(-1)).squeeze(-1);
 }
 
 // A number times x in the dtype of x: the fused operators convert it for integers and booleans.
@@ -65,7 +77,7 @@ void mv_rule(BatchCall& call) {
 at::Tensor inner_product(const at::Tensor& a, const at::Tensor& b) {
   if (a.dim() == 1) return at::matmul(b, a);
   if (b.dim() == 1) return at::matmul(a, b);
-  return at::matmul(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2).squeeze(1);
+  return at::bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten();
 }
 void dot_rule(BatchCall& call) {
   call.set_results(inner_product(call.to_front(0), call.to_front(1)));
@@ -76,13 +88,56 @@ void vdot_rule(BatchCall& call) {
   call.finish();
 }
 
-void addmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2), 2)); }
+void addmm_rule(BatchCall& call) {
+  if (call.is_batched(1) && call.is_batched(2)) {
+    const auto& bias = call.to_front(0, 2);
+    return finish_sum(call, at::baddbmm(bias, call.to_front(1), call.to_front(2), call.arg("beta").toScalar(),
+                                        call.arg("alpha").toScalar()));
+  }
+  finish_sum(call, add_scaled(call, product(call, 1, 2), 2));
+}
 void baddbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2), 3)); }
-void addbmm_rule(BatchCall& call) { finish_sum(call, add_scaled(call, product(call, 1, 2).sum(-3), 2)); }
+// a[B?,N,m,k], b[B?,N,k,n]: the sum over N as one product of a[B?,m,N*k] and b[B?,N*k,n].
+void addbmm_rule(BatchCall& call) {
+  const auto a = call.to_front(1).transpose(-3, -2).flatten(-2);
+  const auto b = call.to_front(2).flatten(-3, -2);
+  finish_sum(call, add_scaled(call, at::matmul(a, b), 2));
+}
 void addmv_rule(BatchCall& call) { finish_sum(call, add_scaled(call, matrix_vector(call, 1, 2), 1)); }
 void addr_rule(BatchCall& call) {
   const auto outer = call.to_front(1).unsqueeze(-1) * call.to_front(2).unsqueeze(-2);
   finish_sum(call, add_scaled(call, outer, 2));
+}
+
+// a[B,*,m,k], b[B,k,n] -> c[B,*,m,n]: all rows of an example at once.
+at::Tensor rows_product(const at::Tensor& a, const at::Tensor& b) {
+  if (a.dim() == 3) return at::bmm(a, b);
+  auto sizes = a.sym_sizes().vec();
+  sizes.back() = b.sym_size(2);
+  return at::bmm(a.flatten(1, -2), b).reshape_symint(sizes);
+}
+
+// a[B?,*,m,k] or a[B?,k], b[B?,*,k,n] or b[B?,k]: leading dimensions broadcast.
+void matmul_rule(BatchCall& call) {
+  if (call.rank(0) == 2 && call.rank(1) == 2) return mm_rule(call);
+  const bool row = call.rank(0) == 1, column = call.rank(1) == 1;
+  TORCH_CHECK(call.rank(0) > 0 && call.rank(1) > 0,
+              "matmul: both arguments need at least one dimension, but they have ", call.rank(0), " and ",
+              call.rank(1));
+  auto a = call.to_front(0), b = call.to_front(1);
+  if (row) a = a.unsqueeze(-2);
+  if (column) b = b.unsqueeze(-1);
+  at::Tensor y;
+  if (call.is_batched(0) && call.is_batched(1) && call.rank(1) <= 2) {
+    y = rows_product(a, b);
+  } else {
+    const auto rank = std::max(call.rank(0) + row, call.rank(1) + column);
+    y = at::matmul(call.is_batched(0) ? pad_rank(a, rank) : a, call.is_batched(1) ? pad_rank(b, rank) : b);
+  }
+  if (column) y = y.squeeze(-1);
+  if (row) y = y.squeeze(column ? -1 : -2);
+  call.set_results(y);
+  call.finish();
 }
 
 // x[B?,*,k], weight[B?,n,k], bias[B?,n] -> y[B,*,n]
@@ -100,9 +155,16 @@ void linear_rule(BatchCall& call) {
     y = at::linear(x, call.tensor(1));
   } else if (rank == 1) {
     y = matrix_vector(call, 1, 0);
+  } else if (rank == 2 && call.is_batched(0) && call.is_tensor(2)) {
+    call.set_results(at::baddbmm(call.to_front(2, 2), x, call.to_front(1).transpose(1, 2)));
+    return call.finish();
+  } else if (call.is_batched(0)) {
+    y = rows_product(x, call.to_front(1).transpose(1, 2));
   } else {
-    const auto weight = pad_rank(call.to_front(1), rank).transpose(-1, -2);
-    y = at::matmul(x, weight);
+    // The rows of x as one matrix: matmul would copy the weight for every index in front of them.
+    const int64_t first = call.is_batched(0) ? 1 : 0;
+    const auto product = at::matmul(x.flatten(first, -2), call.to_front(1).transpose(-1, -2));
+    y = product.unflatten_symint(1, x.sym_sizes().slice(first, rank - 1));
   }
   if (call.is_tensor(2)) y = y + call.to_front(2, rank);
   call.set_results(y);
@@ -123,10 +185,11 @@ void pdist_rule(BatchCall& call) {
 
 void add_matmul_rules(RuleTable& rules) {
   rules.add(&mm_rule, {"mm", "bmm"});
+  rules.add(&matmul_rule, {"matmul"});
   rules.add(&mv_rule, {"mv"});
   rules.add(&dot_rule, {"dot"});
   rules.add(&vdot_rule, {"vdot"});
-  rules.add(&addmm_rule, {"addmm", "addmm_"});
+  rules.add(&addmm_rule, {"addmm", "addmm_", "_sparse_addmm"});
   rules.add(&baddbmm_rule, {"baddbmm", "baddbmm_"});
   rules.add(&addbmm_rule, {"addbmm", "addbmm_"});
   rules.add(&addmv_rule, {"addmv", "addmv_"});

@@ -1,5 +1,7 @@
 // Normalisation: over the examples of a training batch, over layers, over groups of channels.
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/native_group_norm_backward.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <ATen/ops/rsqrt.h>
@@ -50,32 +52,21 @@ at::Tensor optional_tensor(BatchCall& call, std::string_view name) {
 
 bool is_batched(BatchCall& call, std::string_view name) { return call.is_batched(call.position(name)); }
 
-void refuse_shared_statistics(BatchCall& call) {
-  const bool shared = (call.is_tensor(call.position("running_mean")) && !is_batched(call, "running_mean")) ||
-                      (call.is_tensor(call.position("running_var")) && !is_batched(call, "running_var"));
-  const bool batched = is_batched(call, "input") || is_batched(call, "running_mean") || is_batched(call, "running_var");
-  TORCH_CHECK_VALUE(
-      !shared || !batched,
-      "vmap: batch norm in training mode writes its running statistics, and every example has "
-      "others, but running_mean and running_var are not batched. Use functorch_lite.replace_all_batch_norm_modules_("
-      "model) to keep none, call model.eval() to use them as they are, or map over them too "
-      "(functorch_lite.stack_module_state).");
+// As the kernels do it: autograd saves the statistics before, and does not mind that training changes them.
+void write_uncounted(const at::Tensor& statistics, const at::Tensor& updated) {
+  auto counter = statistics.unsafeGetTensorImpl()->version_counter();
+  const auto version = counter.enabled() ? static_cast<int64_t>(counter.current_version()) : 0;
+  statistics.copy_(updated);
+  if (counter.enabled()) counter.set_version(version);
 }
 
 // x[B?,N,c,*], weight[B?,c], bias[B?,c], running[B?,c] -> y[B,N,c,*], mean[B,c], invstd[B,c]. All of it is one batch
-// norm of B*c channels, unless only weight and bias are batched. The first eight arguments of all forms are alike.
-void run_batch_norm(BatchCall& call, bool has_reserve) {
+// norm of B*c channels, unless only weight and bias are batched. The eight arguments of all forms are alike.
+void batch_norm_rule(BatchCall& call) {
   const bool training = call.arg("training").toBool();
-  if (training) refuse_shared_statistics(call);
   if (finish_without_examples(call)) return;
   static const auto native = find_operator("native_batch_norm");
   const auto rank = call.rank(call.position("input"));
-  const auto with_reserve = [&](const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd) {
-    call.set_results(y, mean, invstd);
-    if (has_reserve)
-      call.set_results(y, mean, invstd, y.new_empty_symint({call.batch_size(), 0}, y.options().dtype(c10::kByte)));
-    call.finish();
-  };
   const auto& momentum = call.arg(6);
   const auto& eps = call.arg(7);
 
@@ -88,8 +79,28 @@ void run_batch_norm(BatchCall& call, bool has_reserve) {
                 call.arg("running_var"), call.arg("training"), momentum,      eps};
     native.callBoxed(&stack);
     const auto y = scale_channels(stack[0].toTensor(), weight, bias, rank);
-    return with_reserve(y, expand_batch(stack[1].toTensor(), call.batch_size()),
-                        expand_batch(stack[2].toTensor(), call.batch_size()));
+    call.set_results(y, expand_batch(stack[1].toTensor(), call.batch_size()),
+                     expand_batch(stack[2].toTensor(), call.batch_size()));
+    return call.finish();
+  }
+  const bool only_input = !is_batched(call, "running_mean") && !is_batched(call, "running_var") &&
+                          !is_batched(call, "weight") && !is_batched(call, "bias");
+  if (!training && only_input) {
+    // One scale for each channel, whatever image it is in: x[B*N,c,*].
+    const auto x = call.position("input");
+    Stack stack{fold_batch(call.tensor(x), call.bdim(x), 0),
+                call.arg("weight"),
+                call.arg("bias"),
+                call.arg("running_mean"),
+                call.arg("running_var"),
+                training,
+                momentum,
+                eps};
+    native.callBoxed(&stack);
+    call.set_results(unfold_batch(stack[0].toTensor(), 0, call.batch_size()),
+                     expand_batch(stack[1].toTensor(), call.batch_size()),
+                     expand_batch(stack[2].toTensor(), call.batch_size()));
+    return call.finish();
   }
   const auto mean = fold_parameter(call, "running_mean");
   const auto var = fold_parameter(call, "running_var");
@@ -103,16 +114,56 @@ void run_batch_norm(BatchCall& call, bool has_reserve) {
               eps};
   native.callBoxed(&stack);
   if (training && mean.isTensor()) {
-    call.tensor(call.position("running_mean")).copy_(unfold_parameter(mean.toTensor(), call.batch_size()));
-    call.tensor(call.position("running_var")).copy_(unfold_parameter(var.toTensor(), call.batch_size()));
+    write_uncounted(call.tensor(call.position("running_mean")), unfold_parameter(mean.toTensor(), call.batch_size()));
+    write_uncounted(call.tensor(call.position("running_var")), unfold_parameter(var.toTensor(), call.batch_size()));
   }
-  with_reserve(unfold_batch(stack[0].toTensor(), 1, call.batch_size()),
-               unfold_parameter(stack[1].toTensor(), call.batch_size()),
-               unfold_parameter(stack[2].toTensor(), call.batch_size()));
+  call.set_results(unfold_batch(stack[0].toTensor(), 1, call.batch_size()),
+                   unfold_parameter(stack[1].toTensor(), call.batch_size()),
+                   unfold_parameter(stack[2].toTensor(), call.batch_size()));
+  call.finish();
 }
 
-void batch_norm_rule(BatchCall& call) { run_batch_norm(call, /*has_reserve=*/false); }
-void cudnn_batch_norm_rule(BatchCall& call) { run_batch_norm(call, /*has_reserve=*/true); }
+// Training writes the running statistics. Only the schema of _native_batch_norm_legit says so, from which vmap knows
+// that statistics made in the function need a batch.
+void batch_norm(const c10::OperatorHandle& op, Stack& stack) {
+  static const auto writing = find_operator("_native_batch_norm_legit");
+  static const auto native = find_operator("native_batch_norm");
+  const auto& level = current_vmap_level();
+  const auto* arguments = stack.data() + stack.size() - count_arguments(op);
+  const auto argument = [&](std::string_view name) { return arguments[position_of(op.schema(), name)]; };
+  const auto is_given = [&](std::string_view name) {
+    return argument(name).isTensor() && argument(name).toTensor().defined();
+  };
+  const auto wrapper_of = [&](std::string_view name) -> const Wrapper* {
+    return is_given(name) ? wrapper_at(argument(name).toTensor(), &level) : nullptr;
+  };
+  const auto has_batch = [&](std::string_view name) {
+    const auto* wrapper = wrapper_of(name);
+    return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
+  };
+  const bool writes = argument("training").toBool() && is_given("running_mean") && is_given("running_var");
+  const bool batched = has_batch("input") || has_batch("running_mean") || has_batch("running_var");
+  if (writes && batched && !(has_batch("running_mean") && has_batch("running_var"))) {
+    TORCH_CHECK_VALUE(wrapper_of("running_mean") != nullptr && wrapper_of("running_var") != nullptr,
+                      "vmap: batch norm in training mode writes its running statistics, and every example has others, "
+                      "but running_mean and running_var are not batched. Use "
+                      "functorch_lite.replace_all_batch_norm_modules_(model) to keep none, call model.eval() to use "
+                      "them as they are, or map over them too (functorch_lite.stack_module_state).");
+    return writing.callBoxed(&stack);
+  }
+  BatchCall call(native, stack);
+  batch_norm_rule(call);
+}
+
+void push_workspace(Stack& stack) {
+  const auto y = stack[stack.size() - 3].toTensor();
+  stack.emplace_back(at::empty({0}, y.options().dtype(c10::kByte)));
+}
+
+void cudnn_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
+  batch_norm(op, stack);
+  push_workspace(stack);
+}
 
 // The gradients of weight[B?,c] are those of B*c channels: sums over one example each.
 void run_batch_norm_backward(BatchCall& call, const char* grad, const char* save_var, const c10::IValue& train,
@@ -144,16 +195,17 @@ void cudnn_batch_norm_backward_rule(BatchCall& call) {
   run_batch_norm_backward(call, "grad_output", "save_var", /*train=*/true, call.arg("epsilon"), everything);
 }
 
-// The variants with fewer arguments, as the full one.
+// The variants with fewer arguments, as the full one. Those that write are for training.
 void full_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
   static const auto native = find_operator("native_batch_norm");
   const auto given = torch::jit::pop(stack, count_arguments(op));
   for (const auto& argument : native.schema().arguments()) {
     const auto index = op.schema().argumentIndexWithName(argument.name());
-    const auto missing = argument.name() == "training" ? c10::IValue(false) : c10::IValue();
+    const auto missing = argument.name() == "training" ? c10::IValue(op.schema().is_mutable()) : c10::IValue();
     stack.push_back(index.has_value() ? given[*index] : missing);
   }
   native.callBoxed(&stack);
+  if (op.schema().returns().size() > 3) push_workspace(stack);
 }
 
 // --- Layer norm ---
@@ -244,12 +296,17 @@ void group_norm_rule(BatchCall& call) {
   if (finish_without_examples(call)) return;
   const auto rank = call.rank(0);
   const bool batched = call.is_batched(0);
+  const auto dtype = call.tensor(0).scalar_type();
+  auto statistics_dtype = std::optional<c10::ScalarType>();
   at::Tensor weight, bias;
   if (is_batched(call, "weight") || is_batched(call, "bias")) {
     weight = optional_tensor(call, "weight");
     bias = optional_tensor(call, "bias");
     call.arg("weight") = c10::IValue();
     call.arg("bias") = c10::IValue();
+    // As the kernel does it, scaled before it is rounded.
+    statistics_dtype = (weight.defined() ? weight : bias).scalar_type();
+    call.arg("input") = call.tensor(0).to(at::toOpMathType(dtype));
   }
   if (batched) {
     call.arg("input") = fold_images(call, "input");
@@ -260,8 +317,9 @@ void group_norm_rule(BatchCall& call) {
     const auto& result = call.result(i).toTensor();
     if (batched) call.result(i) = unfold_batch(result, 0, call.batch_size());
     if (!batched && i > 0) call.result(i) = expand_batch(result, call.batch_size());
+    if (statistics_dtype && i > 0) call.result(i) = call.result(i).toTensor().to(*statistics_dtype);
   }
-  call.result(0) = scale_channels(call.result(0).toTensor(), weight, bias, rank);
+  call.result(0) = scale_channels(call.result(0).toTensor(), weight, bias, rank).to(dtype);
   call.finish();
 }
 
@@ -304,12 +362,12 @@ void group_norm_backward_rule(BatchCall& call) {
 
 void add_normalization_rules(RuleTable& rules) {
   // cuDNN's and MIOpen's forms run the native one: the saved statistics are the same.
-  rules.add(&batch_norm_rule, {"native_batch_norm", "miopen_batch_norm"});
-  rules.add(&cudnn_batch_norm_rule, {"cudnn_batch_norm"});
+  rules.add(&batch_norm, {"native_batch_norm", "_native_batch_norm_legit", "miopen_batch_norm"});
+  rules.add(&cudnn_batch_norm, {"cudnn_batch_norm"});
   rules.add(&batch_norm_backward_rule, {"native_batch_norm_backward"});
   rules.add(&cudnn_batch_norm_backward_rule, {"cudnn_batch_norm_backward", "miopen_batch_norm_backward"});
-  rules.add(&full_batch_norm,
-            {"_native_batch_norm_legit", "_native_batch_norm_legit.no_stats", "_native_batch_norm_legit_no_training"});
+  rules.add(&full_batch_norm, {"_native_batch_norm_legit.no_stats", "_native_batch_norm_legit_no_training",
+                               "_batch_norm_with_update", "_batch_norm_no_update"});
   rules.add(&layer_norm_rule, {"native_layer_norm"});
   rules.add(&layer_norm_backward_rule, {"native_layer_norm_backward"});
   rules.add(&group_norm_rule, {"native_group_norm"});

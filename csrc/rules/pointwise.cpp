@@ -97,7 +97,6 @@ void add_pointwise_rules(RuleTable& rules) {
                           "nan_to_num_",
                           "silu_backward",
                           "gelu_backward",
-                          "glu_jvp",
                           "celu_",
                           "hardswish_backward",
                           "hardsigmoid_backward",

@@ -169,7 +169,8 @@ void add_reduction_rules(RuleTable& rules) {
                              "cumsum",          "cumsum_",      "cumprod",     "cumprod_",       "cummax",
                              "cummin",          "logcumsumexp", "_softmax",    "_log_softmax",   "softmax.int",
                              "log_softmax.int", "glu"});
-  rules.add(expanded_along({"dim"}), {"_softmax_backward_data", "_log_softmax_backward_data", "glu_backward"});
+  rules.add(expanded_along({"dim"}),
+            {"_softmax_backward_data", "_log_softmax_backward_data", "glu_backward", "glu_jvp"});
 }
 
 }  // namespace functorch_lite

@@ -25,5 +25,7 @@ void add_attention_rules(RuleTable& rules);
 void add_python_value_rules(RuleTable& rules);
 void add_foreach_rules(RuleTable& rules);
 void add_optimizer_rules(RuleTable& rules);
+void add_recurrent_rules(RuleTable& rules);
+void add_remaining_rules(RuleTable& rules);
 
 }  // namespace functorch_lite

@@ -132,8 +132,8 @@ void as_strided_rule(BatchCall& call) {
   call.finish();
 }
 
-// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid out
-// as before.
+// x[B?,*], src[B?,size] -> y[B,*]: src written where as_strided would read. Each example gets memory of its own, laid
+// out as before.
 void as_strided_scatter_rule(BatchCall& call) {
   const auto x = call.expand_to_front(0);
   const auto& src = call.expand_to_front(1);
@@ -265,7 +265,7 @@ void add_view_rules(RuleTable& rules) {
             {"squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"});
   rules.add(&resize, {"resize_", "resize_as_"});
   rules.add(&cat_rule, {"cat"});
-  rules.add(&stack_rule, {"stack"});
+  rules.add(&stack_rule, {"stack", "_stack"});
   rules.add(front(), {"alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy", "tril", "triu", "tril_",
                       "triu_", "view_as_real", "view_as_complex", "view.dtype", "requires_grad_"});
   rules.add(along({"dim"}),

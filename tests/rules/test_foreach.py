@@ -131,6 +131,16 @@ def test_writing_into_parameters():
     _check(func, (0, 1), [torch.rand(3, 2), torch.rand(2, 3)], [])
 
 
+def test_writing_into_tensors_made_inside():
+    def func(x):
+        sums, copies = [torch.zeros(2), torch.ones(())], [torch.empty(2), torch.empty(2)]
+        torch._foreach_add_(sums, [x, x.sum()], alpha=2)
+        torch._foreach_copy_(copies, [x, torch.ones(2)])
+        return *sums, *copies
+
+    _check(func, (1,), [torch.rand(2, 3)], [])
+
+
 def test_written_tensors_are_those_of_the_caller():
     x = torch.rand(3, 2)
     expected = x * 2 + 1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from functorch_lite import functional_call, grad, vmap
+from functorch_lite import functional_call, grad, vjp, vmap
 
 pytestmark = [pytest.mark.filterwarnings("error::functorch_lite.LoopFallbackWarning")]
 
@@ -250,6 +250,74 @@ def test_margin_losses(reduction):
     check(h, (rand(4), labels[0]), fixed=(1,))
 
 
+@pytest.mark.parametrize("f", [F.multi_margin_loss, F.multilabel_margin_loss])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_margin_losses_of_a_single_class(f, reduction):
+    h = lambda x, t: f(x, t, reduction=reduction)
+    check(h, (rand(1)[0], torch.tensor(0)), fixed=(1,))
+    check_gradients(h, (rand(1)[0], torch.tensor(0)), fixed=(1,), again=False)
+
+
+T, N, C, S = 6, 2, 4, 3  # of ctc_loss: steps, sequences, classes with the blank, longest target
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ctc_loss(reduction):
+    log_probs = rand(T, N, C).log_softmax(-1)
+    targets, lengths = torch.tensor([[1, 2, 3], [3, 1, 1]]), torch.tensor([5, 6])
+    f = lambda x, t, m, n: F.ctc_loss(x, t, m, n, reduction=reduction)
+    check(f, (log_probs, targets, lengths, torch.tensor([3, 1])), keep=lambda dims: len(set(dims)) < 3)
+    check_gradients(f, (log_probs, targets, lengths, torch.tensor([3, 1])), again=False)
+    # Lengths in lists, and a single sequence.
+    g = lambda x, t: F.ctc_loss(x, t, (5, 6), (3, 1), reduction=reduction)
+    check(g, (log_probs, targets))
+    check_gradients(g, (log_probs, targets), again=False)
+    check(f, (log_probs[:, 0], targets[0], torch.tensor(6), torch.tensor(3)), fixed=(2, 3))
+
+
+def test_ctc_loss_of_targets_in_a_row():
+    log_probs, targets = rand(B, T, N, C).log_softmax(-1), torch.tensor([[1, 2, 3, 1], [3, 1, 2, 2], [1, 1, 1, 3]])
+    lengths = torch.tensor([[2, 2], [3, 1], [1, 3]])
+    f = lambda x, t, n: F.ctc_loss(x, t, torch.full((N,), T), n)
+    torch.testing.assert_close(
+        vmap(f)(log_probs, targets, lengths), loop(f, (0, 0, 0), (log_probs, targets, lengths))[0]
+    )
+    with pytest.raises(RuntimeError, match="vmap: ctc_loss: .* do not add up to the number of targets of each example"):
+        vmap(f)(log_probs, targets, torch.tensor([[2, 2], [2, 1], [2, 3]]))
+
+
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_ctc_loss_without_an_alignment(zero_infinity):
+    """Two steps cannot hold three labels."""
+    f = lambda x: F.ctc_loss(x, torch.tensor([[1, 2, 3]]), (2,), (3,), zero_infinity=zero_infinity)
+    x = rand(B, T, 1, C)
+    expected = torch.full((B,), 0.0 if zero_infinity else float("inf"), dtype=x.dtype)
+    torch.testing.assert_close(vmap(f)(x), expected)
+    if zero_infinity:
+        torch.testing.assert_close(vmap(grad(f))(x), torch.zeros_like(x))
+
+
+def test_cotangents_of_an_unbatched_ctc_loss():
+    log_probs, targets = rand(T, N, C).log_softmax(-1), torch.tensor([[1, 2, 3], [3, 1, 1]])
+    _, pull = vjp(lambda x: F.ctc_loss(x, targets, (5, 6), (3, 1), reduction="none"), log_probs)
+    cotangents = rand(B, N)
+    torch.testing.assert_close(vmap(pull)(cotangents)[0], torch.stack([pull(v)[0] for v in cotangents]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_chunked_linear_cross_entropy(reduction, ignored):
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    f = lambda x, w, t, b, c: F.linear_cross_entropy(
+        x, w, t, linear_bias=b, weight=c, options=options, reduction=reduction, ignore_index=ignored
+    )
+    args = (rand(5, 3), rand(4, 3), torch.tensor([0, 3, 2, 1, 1]), rand(4), rand(4).abs())
+    # All, all but one, or one of the arguments.
+    keep = lambda dims: -1 not in dims and (dims.count(0) != 2 and dims.count(0) != 3)
+    check(f, args, nested=False, keep=keep)
+    check_gradients(f, args, differentiable=(0, 1, 3), again=False, keep=keep)
+
+
 # Embeddings.
 
 
@@ -294,8 +362,15 @@ def test_embedding_renorm():
 
 def test_one_hot():
     check(lambda i: F.one_hot(i, 5), (torch.tensor([[0, 1, 4], [2, 2, 0]]),))
-    with pytest.raises(NotImplementedError, match="num_classes"):
-        vmap(F.one_hot)(torch.tensor([[0, 1]]))
+
+
+def test_one_hot_with_as_many_classes_as_the_largest_index_says():
+    check(F.one_hot, (torch.tensor([0, 1, 4]),), empty=False)
+    torch.testing.assert_close(vmap(F.one_hot)(torch.tensor([2, 2])), F.one_hot(torch.tensor([2, 2])))
+    with pytest.raises(ValueError, match="the examples differ in it .the largest of all is 3.. Pass num_classes"):
+        vmap(F.one_hot)(torch.tensor([[0, 1], [2, 3]]))
+    with pytest.raises(ValueError, match="of an empty tensor does not know the number of classes. Pass num_classes"):
+        vmap(F.one_hot)(torch.zeros(2, 0, dtype=torch.long))
 
 
 # Where offsets end before the indices do, PyTorch's own kernels disagree with each other.

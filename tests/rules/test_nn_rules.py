@@ -407,6 +407,22 @@ def test_shared_running_statistics_in_training_are_refused(kind: type[torch.nn.M
     torch.testing.assert_close(vmap(module)(x), torch.stack([module(example) for example in x]))
 
 
+@pytest.mark.parametrize("norm", [F.batch_norm, F.instance_norm])
+@pytest.mark.parametrize("batched", [(True,) * 5, (True, False, False, True, True), (False, True, False, True, True)])
+def test_gradient_in_training_mode(norm: Callable[..., Tensor], batched: tuple[bool, ...]) -> None:
+    """The statistics are written after autograd saved them, which does not make them stale."""
+
+    def func(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return norm(x, mean.clone(), var.clone(), w, b, True).sin().square().sum()
+
+    c = case("", func, (4, 3, 5), (3,), (3,), (3,), (3,))
+    args = make(c, batched)
+    args[4] = args[4].abs() + 1
+    gradient = lambda *args: torch.cat([g.flatten() for g in torch.func.grad(func, (0, 1, 2))(*args)])  # noqa: E731
+    actual = vmap(grad(func, (0, 1, 2)), tuple(0 if b else None for b in batched))(*args)
+    torch.testing.assert_close(torch.cat([g.flatten(1) for g in actual], 1), loop(gradient, args, batched))
+
+
 @pytest.mark.parametrize("name", ["_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
 def test_batch_norm_variants(name: str) -> None:
     x, w, b = (torch.randn(B, *s, dtype=torch.float64) for s in [(4, 3, 2), (3,), (3,)])
@@ -418,6 +434,29 @@ def test_batch_norm_variants(name: str) -> None:
     expected = loop(func, [x, w, b, *stats], (True,) * 5)
     torch.testing.assert_close(vmap(func)(x, w, b, mean, var), expected)
     torch.testing.assert_close((mean, var), tuple(stats))
+
+
+def test_batch_norm_with_update() -> None:
+    x, mean, var = torch.randn(B, 4, 3), torch.randn(B, 3), torch.rand(B, 3)
+    func = lambda x, m, v: torch.ops.aten._batch_norm_with_update(x, None, None, m, v, 0.1, 1e-5)[0]  # noqa: E731
+    stats = [mean.clone(), var.clone()]
+    torch.testing.assert_close(vmap(func)(x, mean, var), loop(func, [x, *stats], (True,) * 3))
+    torch.testing.assert_close((mean, var), tuple(stats))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 2, 3, 4, 4)])
+def test_jacobian_of_an_unbatched_maximum(shape: tuple[int, ...]) -> None:
+    """The indices are those of one example, and some kernels read them as if they were in memory for each."""
+    x = torch.randn(*shape, dtype=torch.float64)
+    func = lambda x: F.adaptive_max_pool3d(x, (2, 3, 2))  # noqa: E731
+    torch.testing.assert_close(jacrev(func)(x), torch.autograd.functional.jacobian(func, x))
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_tangent_of_glu(dim: int) -> None:
+    x, v = torch.randn(2, B, 4, 6, dtype=torch.float64)
+    func = lambda x, v: jvp(lambda x: F.glu(x, dim), (x,), (v,))[1]  # noqa: E731
+    torch.testing.assert_close(vmap(func)(x, v), loop(func, [x, v], (True, True)))
 
 
 def test_convolution_backward_of_batched_gradients() -> None:

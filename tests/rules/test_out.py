@@ -2,99 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree
 
-from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
-from tests.support import ops
-from tests.support.ops import BATCH_SIZE
+from functorch_lite import grad, jvp, vmap
 from tests.support.oracles import loop_vmap
-
-_DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
-
-#: Operators whose out form raises our error, and why.
-REFUSED = {
-    "lu": "torch.lu resizes its out tensors itself, and resize_as_ is refused",
-    "masked_select": _DATA_DEPENDENT_SHAPE,
-    "nonzero": _DATA_DEPENDENT_SHAPE,
-}
-#: Random results, or uninitialised ones: only shapes and dtypes are compared.
-RANDOM = {"bernoulli", "multinomial", "normal", "normal.number_mean", "empty_like", "new_empty"}
-#: Operators that do not resize out.
-RIGHT_SHAPE_ONLY = {"normal.number_mean"}
-#: Operators that run once for each example without out, too.
-LOOPING = {"histogram", "histc", "hash_tensor"}
-#: Entries without a call that can be batched, and why.
-WITHOUT_CALL = {
-    "equal": "its result is a Python value, and it has no out form",
-    "histogramdd": "it has no out form",
-    "_batch_norm_with_update": "its out form takes running statistics only, which every example has its own of",
-    "sparse.sampled_addmm": "sparse arguments",
-    **dict.fromkeys(
-        ["arange", "linspace", "logspace", "randn", "ones", "zeros", "full", "empty", "eye"], "no tensor arguments"
-    ),
-}
-WITH_OUT = [name for name, op in ops.OPS.items() if op.supports_out and ops.dtypes_of(op)]
 
 
 def _tensors(result) -> list[Tensor]:
     return [y for y in _pytree.tree_leaves(result) if isinstance(y, Tensor)]
-
-
-@dataclass
-class Call:
-    """A call of an operator as a function of tensors: those of the sample, and those to write into."""
-
-    op: OpInfo
-    sample: SampleInput
-
-    def __post_init__(self):
-        self.leaves, self.spec = _pytree.tree_flatten((self.sample.input, self.sample.args, self.sample.kwargs))
-        self.positions = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        self.example = [self.leaves[i].detach() for i in self.positions]
-
-    def run(self, tensors, **keywords):
-        values = list(self.leaves)
-        for i, x in zip(self.positions, tensors, strict=True):
-            values[i] = x
-        first, args, kwargs = _pytree.tree_unflatten(values, self.spec)
-        return self.op(first, *args, **kwargs, **keywords)
-
-    def __call__(self, *tensors):
-        outs = list(tensors[len(self.example) :])
-        result = self.run(tensors[: len(self.example)], out=outs[0] if self.kind is None else self.kind(outs))
-        for x, y in zip(_tensors(result), outs, strict=False):  # some return None
-            assert x is y
-        return outs
-
-    def is_valid(self) -> bool:
-        """Whether the operator takes the sample with out, too."""
-        if not self.example or any(x.layout != torch.strided for x in self.example):
-            return False
-        try:
-            result = self.run(self.example)
-            self.kind = None if isinstance(result, Tensor) else list if isinstance(result, list) else tuple
-            self.results = _tensors(result)
-            self(*self.example, *map(torch.empty_like, self.results))
-        except Exception:
-            return False
-        return True
-
-
-def _find_call(name) -> Call | None:
-    op = ops.OPS[name]
-    torch.manual_seed(0)
-    # Not op.sample_inputs, which records the whole stack for each of them.
-    samples = op.sample_inputs_func(op, "cpu", ops.dtypes_of(op)[0], requires_grad=False)
-    return next(filter(Call.is_valid, (Call(op, sample) for sample in itertools.islice(samples, 24))), None)
 
 
 @pytest.fixture(autouse=True)
@@ -102,39 +23,6 @@ def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-@pytest.fixture
-def loops(_no_warnings):
-    """Collects the warnings that an operator runs as a loop, and drops others."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", LoopFallbackWarning)
-        yield caught
-
-
-@pytest.mark.parametrize("name", WITH_OUT)
-def test_operator(name, loops):
-    call = _find_call(name)
-    assert (call is None) == (name in WITHOUT_CALL)
-    if call is None:
-        return
-    right = [torch.zeros(*y.shape, BATCH_SIZE, dtype=y.dtype) for y in call.results]
-    empty = [y.new_empty(BATCH_SIZE, 0) for y in call.results]
-    for outs, dim in [(right, -1)] if name in RIGHT_SHAPE_ONLY else [(right, -1), (empty, 0)]:
-        args = [*(ops.batch(x, 0, mildly=True) for x in call.example), *outs]
-        in_dims = [0] * len(call.example) + [dim % x.dim() for x in outs]
-        expected = loop_vmap(call, in_dims, args)
-        mapped = vmap(call, tuple(in_dims), randomness="different")
-        if name in REFUSED:
-            with pytest.raises(NotImplementedError, match="^vmap: "):
-                mapped(*args)
-            continue
-        for y, z in zip(mapped(*args), expected, strict=True):
-            assert (y.shape, y.dtype) == (z.shape, z.dtype)
-            if name not in RANDOM:
-                torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert bool(loops) == (name in LOOPING)
 
 
 def _check(func, in_dims, *args):
@@ -235,9 +123,9 @@ def test_wrong_shape_is_resized_with_a_warning():
     assert torch.equal(result, x.sin())
 
 
-def test_out_that_is_not_batched():
+def test_out_from_outside():
     out, inner = torch.zeros(4), torch.rand(3, 4)
-    message = r"vmap: aten::sin writes batched values into a tensor that is not batched, given as out \(shape \[4\]\)"
+    message = r"vmap: the in-place operator aten::sin writes batched values into `\w*`, a tensor from outside"
     with pytest.raises(ValueError, match=message):
         vmap(lambda x: torch.sin(x, out=out))(torch.rand(3, 4))
     with pytest.raises(ValueError, match=message):
@@ -255,7 +143,7 @@ def test_lists_of_another_length():
 
 def test_nested():
     def func(x, y):
-        outs = [x.new_empty(0), (x + y).new_zeros(3)]
+        outs = [torch.empty(0), torch.zeros(3)]
         torch.add(x, y, out=outs[0])
         torch.mul(outs[0], y, out=outs[1])
         return outs
@@ -295,6 +183,21 @@ def test_derivatives_outside():
     expected = x.cos() * x + x.sin()
     torch.testing.assert_close(grad(lambda x: vmap(func)(x).sum())(x), expected)
     torch.testing.assert_close(jvp(vmap(func), (x,), (x,))[1], expected * x)
+
+
+def test_out_made_inside():
+    def func(x):
+        fitting, empty, once = torch.zeros(3), torch.empty(0), torch.empty(0)
+        parts = [torch.empty(0), torch.empty(0)]
+        torch.sin(x, out=fitting)
+        torch.cos(x, out=empty)
+        torch.matmul(torch.ones(3, 3), torch.arange(3.0), out=once)
+        torch.mul(x, once, out=once)
+        torch.split_with_sizes_copy(torch.arange(3.0), [1, 2], out=parts)
+        torch.mul(parts[1], x[1:], out=parts[1])
+        return fitting, empty, once, *parts
+
+    _check(func, (1,), torch.rand(3, 2))
 
 
 def test_what_autograd_has_saved_is_not_given_away():

@@ -25,7 +25,6 @@ CONTIGUOUS_ONLY = {
     "as_strided.partial_views",
 }
 
-_DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
 _DISTRIBUTION = "randomness='same' with a distribution that differs between examples"
@@ -35,10 +34,7 @@ _MASK = "a mask is drawn into a tensor that is not batched"
 REFUSED = {
     "item": _PYTHON_VALUE,
     "allclose": _PYTHON_VALUE,
-    "equal": _PYTHON_VALUE,
-    "cov": "it checks the weights with a Python `if`",
-    "nn.functional.one_hot": _DATA_DEPENDENT_SHAPE,
-    "nn.functional.ctc_loss": "the size of its workspace depends on the lengths, which are data",
+    "nn.functional.one_hot": "the largest index is the number of classes, and an empty batch has none",
     "nn.functional.gaussian_nll_loss": "it checks with a Python `if` that the variance is not negative",
     "native_batch_norm": _STATISTICS,
     "_native_batch_norm_legit": _STATISTICS,
@@ -53,18 +49,12 @@ REFUSED = {
     "nn.functional.dropout2d (jvp)": _MASK,
     "nn.functional.multi_head_attention_forward": _MASK,
     "nn.functional.rrelu": _MASK,
-    "nn.functional.cosine_similarity (jvp)": "the formula writes batched values into a tensor that is not batched",
-    "nn.functional.linear_cross_entropy.chunked_none (vjp)": "it writes batched values into a tensor it has made",
 }
 
-_SCALAR_LOGITS = "a scalar in the place of a row of logits raises PyTorch's error about its dimensions"
 _NO_FIRST_EXAMPLE = "randomness='same' takes the shape from the first example of an empty batch"
-_COUNTED_WRITE = "the derivative meets a saved tensor that the rule has written into"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
-    "nn.functional.multi_margin_loss": _SCALAR_LOGITS,
-    "nn.functional.multilabel_margin_loss": _SCALAR_LOGITS,
     "cauchy": _NO_FIRST_EXAMPLE,
     "exponential": _NO_FIRST_EXAMPLE,
     "geometric": _NO_FIRST_EXAMPLE,
@@ -78,11 +68,6 @@ FAILING = {
     "nn.functional.dropout3d": _NO_FIRST_EXAMPLE,
     "nn.functional.multi_head_attention_forward": _NO_FIRST_EXAMPLE,
     "nn.functional.rrelu": _NO_FIRST_EXAMPLE,
-    "native_batch_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.batch_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.instance_norm (vjp)": _COUNTED_WRITE,
-    "nn.functional.fractional_max_pool2d (vjp)": "the kernel reads indices that are not contiguous",
-    "nn.functional.glu (jvp)": "its formula counts the dimension in the batch",
     "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
 }
 
@@ -90,8 +75,131 @@ FAILING = {
 LOOPING = {
     "unique",
     "unique_consecutive",
-    "nn.functional.linear_cross_entropy.chunked",
-    "nn.functional.linear_cross_entropy.chunked_none (function)",
-    "nn.functional.ctc_loss (vjp)",
     "nn.functional.pdist (vjp)",
+}
+
+#: ATen operators that run once for each example, by the reason: those of the names above, and others that few programs
+#: call.
+LOOPING_ATEN = {
+    "the random numbers come from a key that is an argument, or are a mask of one kernel": [
+        "_fill_mem_eff_dropout_mask_",
+        "_philox_key_fold_in",
+        "_philox_key_split",
+        "_philox_normal",
+        "_philox_normal_",
+        "_philox_uniform",
+        "_philox_uniform_",
+    ],
+    "attention kernels of single backends": [
+        "_cudnn_attention_backward",
+        "_flash_attention_forward.quantized",
+        "_flash_attention_forward_no_dropout_inplace",
+        "_scaled_dot_product_attention_math_for_mps",
+        "_triton_multi_head_attention",
+        "_triton_scaled_dot_attention",
+    ],
+    "recurrent kernels of single backends": [
+        "_cudnn_init_dropout_state",
+        "_cudnn_rnn",
+        "_cudnn_rnn_backward",
+        "_cudnn_rnn_flatten_weight",
+        "_lstm_mps",
+        "_thnn_fused_gru_cell",
+        "_thnn_fused_gru_cell_backward",
+        "_thnn_fused_lstm_cell",
+        "_thnn_fused_lstm_cell_backward_impl",
+        "lstm_mps_backward",
+        "miopen_rnn",
+        "miopen_rnn_backward",
+        "mkldnn_rnn_layer",
+    ],
+    "the workspace of the loss depends on the lengths, which are data": [
+        "_ctc_loss",
+        "_ctc_loss.Tensor",
+        "_ctc_loss_backward",
+        "_ctc_loss_backward.Tensor",
+        "_cudnn_ctc_loss",
+        "_cudnn_ctc_loss.Tensor",
+        "miopen_ctc_loss",
+        "miopen_ctc_loss.Tensor",
+    ],
+    "`out=` forms of operators that have no form without": [
+        "_amp_foreach_non_finite_check_and_unscale.out",
+        "_amp_update_scale.out",
+        "_fused_adagrad.out",
+        "_fused_adagrad.tensor_lr_out",
+        "_fused_adam.out",
+        "_fused_adam.tensor_lr_out",
+        "_fused_adamw.out",
+        "_fused_adamw.tensor_lr_out",
+        "_fused_sgd.out",
+        "_fused_sgd.tensor_lr_out",
+        "_slow_conv2d_backward.grad_input",
+        "adaptive_avg_pool3d_backward.grad_input",
+    ],
+    "observers, which write their statistics": [
+        "_fused_moving_avg_obs_fq_helper",
+        "_fused_moving_avg_obs_fq_helper_functional",
+    ],
+    "pieces of batch norm over several GPUs, which write running statistics": [
+        "batch_norm_backward_elemt",
+        "batch_norm_backward_reduce",
+        "batch_norm_elemt",
+        "batch_norm_gather_stats",
+        "batch_norm_gather_stats_with_counts",
+        "batch_norm_stats",
+        "batch_norm_update_stats",
+    ],
+    "low-precision products that only some GPUs have": [
+        "_cslt_compress",
+        "_cslt_sparse_mm",
+        "_grouped_mm",
+        "_mixed_dtypes_linear",
+        "_scaled_grouped_mm",
+        "_scaled_grouped_mm_v2",
+        "_scaled_mm",
+        "_scaled_mm_v2",
+        "_sparse_semi_structured_addmm",
+        "_sparse_semi_structured_linear",
+        "_sparse_semi_structured_mm",
+    ],
+    "the layout of a packed weight is that of one matrix": [
+        "_convert_weight_to_int4pack",
+        "_convert_weight_to_int4pack_for_cpu",
+        "_dyn_quant_pack_4bit_weight",
+    ],
+    "sparse and ragged layouts that are the same for all examples": [
+        "_convert_indices_from_csr_to_coo",
+        "_jagged_to_padded_dense_forward",
+        "_padded_dense_to_jagged_forward",
+        "_sparse_mm_reduce_impl",
+        "_sparse_mm_reduce_impl_backward",
+        "_spsolve",
+        "hspmm",
+        "sparse_sampled_addmm",
+    ],
+    "the number of distinct values depends on the data: refused where it differs between examples": [
+        "_unique",
+        "_unique2",
+        "unique_consecutive",
+        "unique_dim",
+        "unique_dim_consecutive",
+    ],
+    "steps of operators that have a rule, or of functionalization": [
+        "_cummax_helper",
+        "_cummin_helper",
+        "slice_inverse",
+    ],
+    "they exist for PyTorch's own tests": [
+        "_foobar",
+        "_test_autograd_multiple_dispatch.fullcoverage",
+        "_test_autograd_multiple_dispatch_view",
+        "_test_autograd_multiple_dispatch_view_copy",
+        "_test_functorch_fallback",
+        "_test_optional_filled_intlist",
+        "_test_optional_floatlist",
+        "_test_optional_intlist",
+        "_test_parallel_materialize",
+        "_test_warn_in_autograd",
+    ],
 }

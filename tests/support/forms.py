@@ -173,5 +173,3 @@ DERIVATIVES: dict[str, Callable[[OpInfo, SampleInput], Call | None]] = {
     "jvp": partial(_derivative, forward=True),
 }
 FORMS = {**PLAIN, **DERIVATIVES}
-#: What the tests run.
-TESTED = ("function", "method", "in place", "vjp", "jvp")

@@ -202,7 +202,7 @@ def _has_no_answer(name: str, case: Case) -> bool:
 def sweep(
     op: OpInfo,
     sides: Sequence[Side] = (OURS,),
-    which: Iterable[str] = forms.TESTED,
+    which: Iterable[str] = forms.FORMS,
     extent: ops.Extent = ops.SHORT,
 ) -> Report:
     """Run the cases of the operator in some of its forms."""
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every sample, dtype and place of the batch")
     for extent_field in fields(ops.Extent):
         parser.add_argument(f"--{extent_field.name}", type=int, help="at most so many; see --full for all")
-    parser.add_argument("--forms", default=",".join(forms.TESTED), help=f"of {', '.join(forms.FORMS)}")
+    parser.add_argument("--forms", default=",".join(forms.FORMS), help=f"of {', '.join(forms.FORMS)}")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every Nth operator, beginning with the Ith")
     parser.add_argument("--json", type=Path, help="append the results to this file, a line for each operator")
     parser.add_argument("--join", type=Path, nargs="+", help="print the table of such files, and run nothing")
@@ -298,7 +298,6 @@ def main() -> None:
         _print_table([_read(line) for path in options.join for line in path.read_text().splitlines()])
         return
 
-    torch.set_num_threads(1)
     sides = [OURS, peer()] if options.peer else [OURS]
     default = ops.FULL if options.full else ops.SHORT
     given = {x.name: getattr(options, x.name) for x in fields(ops.Extent)}
@@ -316,4 +315,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
