@@ -85,7 +85,12 @@ def test_two_arguments():
     check(lambda x, m: x.masked_select(m), (0, None), VALUES, mask[0])
     check(lambda x, m: x.masked_select(m), (None, 1), VALUES[:, :1], mask.T)  # they broadcast
     check(lambda x, r: x.repeat_interleave(r, output_size=5), (0, 0), VALUES, torch.tensor([[1, 0, 4, 0]] * 3))
-    check(lambda x, r: x.repeat_interleave(r.int()), (0, 0), VALUES, torch.tensor([[1, 0, 4, 0], [2, 3, 0, 0], [5, 0, 0, 0]]))
+    check(
+        lambda x, r: x.repeat_interleave(r.int()),
+        (0, 0),
+        VALUES,
+        torch.tensor([[1, 0, 4, 0], [2, 3, 0, 0], [5, 0, 0, 0]]),
+    )
 
 
 def test_bincount():
@@ -106,7 +111,9 @@ def test_splitting_at_a_tensor():
     check(lambda x, i: x.tensor_split(i), (0, 0), x, torch.tensor([[1, 4], [1, 4], [1, 4]]))
     check(lambda x, i: x.tensor_split(i), (None, 0), x[0], torch.tensor([2, 2, 2]))
     sums = lambda x, i: (x.tensor_split(i)[1] * 3).sum()
-    assert torch.equal(vmap(grad(sums))(VALUES, torch.tensor([[1, 3]] * 3)), torch.tensor([[0.0, 3, 3, 0]] * 3).double())
+    assert torch.equal(
+        vmap(grad(sums))(VALUES, torch.tensor([[1, 3]] * 3)), torch.tensor([[0.0, 3, 3, 0]] * 3).double()
+    )
     assert vmap(lambda x, i: jvp(lambda x: x.tensor_split(i)[1], (x,), (x,))[1])(
         VALUES, torch.tensor([[1, 3]] * 3)
     ).shape == (3, 2)

@@ -161,7 +161,10 @@ def test_masks_of_other_counts():
 def test_derivatives_at_masks_and_indices():
     mask, index = masks(2, 3), torch.tensor([0, 2, -1])
     loss = lambda x, m, i: (x[m] ** 2).sum() + (x[i] ** 3).sum() + x.index_put((m,), x.sum()).pow(2).sum()
-    expected = [plain_vjp(lambda x: [loss(x, m, i)], [x], [torch.ones((), dtype=x.dtype)])[1] for x, m, i in zip(X, mask, index)]
+    expected = [
+        plain_vjp(lambda x: [loss(x, m, i)], [x], [torch.ones((), dtype=x.dtype)])[1]  # noqa: B023
+        for x, m, i in zip(X, mask, index, strict=True)
+    ]
     torch.testing.assert_close(vmap(grad(loss))(X, mask, index), torch.stack(expected))
     tangents = vmap(lambda x, m, i: jvp(lambda x: loss(x, m, i), (x,), (x,))[1])(X, mask, index)
     torch.testing.assert_close(tangents, (torch.stack(expected) * X).sum((1, 2, 3)))
@@ -255,7 +258,10 @@ def test_masked_scatter_and_its_derivatives():
     check(f, (0, 0, 0), X, mask, source)
     check(f, (0, None, 0), X, mask[1], source)
     gradient = vmap(grad(lambda s, x, m: (f(x, m, s) * x).sum()))(source, X, mask)
-    expected = [plain_vjp(lambda s: [(f(x, m, s) * x).sum()], [s], [torch.ones((), dtype=s.dtype)])[1] for s, x, m in zip(source, X, mask)]
+    expected = [
+        plain_vjp(lambda s: [(f(x, m, s) * x).sum()], [s], [torch.ones((), dtype=s.dtype)])[1]  # noqa: B023
+        for s, x, m in zip(source, X, mask, strict=True)
+    ]
     torch.testing.assert_close(gradient, torch.stack(expected))
     with pytest.raises(RuntimeError, match="source of dtype double, got float|source of dtype"):
         vmap(lambda x, m: x.masked_scatter(m, x.float()))(X, mask)
@@ -275,4 +281,9 @@ def test_as_strided_scatter_where_examples_interleave():
     expected = X.clone()
     expected[:, :, 0, 0] = source
     assert torch.equal(y, expected)
-    assert torch.equal(vmap(lambda s: torch.as_strided_scatter(torch.zeros(2, 2), s, (2,), (3,)))(source.float()[:, :2])[:, [0, 1], [0, 1]], source.float()[:, :2])
+    assert torch.equal(
+        vmap(lambda s: torch.as_strided_scatter(torch.zeros(2, 2), s, (2,), (3,)))(source.float()[:, :2])[
+            :, [0, 1], [0, 1]
+        ],
+        source.float()[:, :2],
+    )

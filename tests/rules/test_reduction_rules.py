@@ -50,7 +50,7 @@ HISTOGRAMS = {
     "two dimensions": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3]),
     "two dimensions of a range": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3], range=[0.0, 3, 1, 9]),
     "two dimensions, density": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3], weight=x[:3].abs(), density=True),
-    "two dimensions at edges": lambda x: torch.histogramdd(x.reshape(3, 2), [x[:3].abs().cumsum(0), torch.arange(4, dtype=x.dtype)]),
+    "two dimensions at edges": lambda x: torch.histogramdd(x.reshape(3, 2), [x[:3].abs().cumsum(0), x.new_ones(4).cumsum(0)]),
     "no elements": lambda x: torch.histogram(x[:0], 4),
 }  # fmt: skip
 
@@ -159,7 +159,10 @@ def test_promotion_of_dtypes(name):
     for first, second in itertools.product(DTYPES, DTYPES):
         for ranks in itertools.product((0, 1), (0, 1)):
             x, y = (torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 0.0]))
-            x, y = ((z[:, None].expand(3, 2) if r else z).to(d) for z, r, d in zip((x, y), ranks, (first, second), strict=True))
+            x, y = (
+                (z[:, None].expand(3, 2) if r else z).to(d)
+                for z, r, d in zip((x, y), ranks, (first, second), strict=True)
+            )
             for in_dims, args in (((0, 0), (x, y)), ((0, None), (x, y[0])), ((None, 0), (x[0], y))):
                 try:
                     (expected,) = loop_vmap(f, in_dims, args)
