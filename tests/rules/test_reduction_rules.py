@@ -50,7 +50,7 @@ HISTOGRAMS = {
     "two dimensions": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3]),
     "two dimensions of a range": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3], range=[0.0, 3, 1, 9]),
     "two dimensions, density": lambda x: torch.histogramdd(x.reshape(3, 2), [2, 3], weight=x[:3].abs(), density=True),
-    "two dimensions at edges": lambda x: torch.histogramdd(x.reshape(3, 2), [x[:3].abs().cumsum(0), x.new_ones(4).cumsum(0)]),
+    "two dimensions at edges": lambda x: torch.histogramdd(x.view(3, 2), [x[:3].cumsum(0), x.new_ones(4).cumsum(0)]),
     "no elements": lambda x: torch.histogram(x[:0], 4),
 }  # fmt: skip
 
