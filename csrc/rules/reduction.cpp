@@ -65,8 +65,8 @@ void bucketize_rule(BatchCall& call) {
     return call.finish();
   }
   const auto values = call.expand_to_front(0);
-  const auto y = at::searchsorted(call.to_front(1), flatten_examples(values), call.arg("out_int32").toBool(),
-                                  call.arg("right").toBool());
+  const auto y = at::searchsorted(call.to_front(1).contiguous(), flatten_examples(values).contiguous(),
+                                  call.arg("out_int32").toBool(), call.arg("right").toBool());
   call.set_results(at::reshape_symint(y, values.sym_sizes()));
   call.finish();
 }
