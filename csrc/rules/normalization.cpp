@@ -97,9 +97,10 @@ void batch_norm_rule(BatchCall& call) {
                 momentum,
                 eps};
     native.callBoxed(&stack);
-    return with_reserve(unfold_batch(stack[0].toTensor(), 0, call.batch_size()),
-                        expand_batch(stack[1].toTensor(), call.batch_size()),
-                        expand_batch(stack[2].toTensor(), call.batch_size()));
+    call.set_results(unfold_batch(stack[0].toTensor(), 0, call.batch_size()),
+                     expand_batch(stack[1].toTensor(), call.batch_size()),
+                     expand_batch(stack[2].toTensor(), call.batch_size()));
+    return call.finish();
   }
   const auto mean = fold_parameter(call, "running_mean");
   const auto var = fold_parameter(call, "running_var");
