@@ -81,6 +81,17 @@ void record_alias(Wrapper& copy, Wrapper& source) {
   copy.view_record = std::move(record);
 }
 
+bool is_seen_through_others(Wrapper& wrapper) {
+  const auto& record = wrapper.view_record;
+  if (record == nullptr) return false;
+  const auto& all = record->sharers->wrappers;
+  // What factories return is a copy of a tensor that nobody else has.
+  const bool is_copy = all.size() == 2 && &wrapper != all.front() && record->arguments[0].toTensor().use_count() == 1;
+  if (all.size() > 1 && !is_copy) return true;
+  wrapper.view_record = nullptr;
+  return false;
+}
+
 void make_batched(Wrapper& wrapper, VmapLevel& level) {
   const auto sharers = sharers_of(wrapper);
   auto& root = *sharers->wrappers.front();

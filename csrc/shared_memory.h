@@ -47,6 +47,9 @@ void wrap_views(const c10::OperatorHandle& op, const Stack& arguments, Wrapper& 
 // The wrapper `copy` shows what `source` shows.
 void record_alias(Wrapper& copy, Wrapper& source);
 
+// Whether there are other tensors that show this memory. If not, the wrapper forgets how it was made.
+bool is_seen_through_others(Wrapper& wrapper);
+
 // Gives each example its own copy of the memory behind `wrapper`, which must belong to `level`, the innermost one.
 void make_batched(Wrapper& wrapper, VmapLevel& level);
 

@@ -96,7 +96,7 @@ void VmapLevel::run_once(const c10::OperatorHandle& op, Stack& stack, bool any_h
   auto* arguments = stack.data() + stack.size() - n;
   if (any_here && op.hasTag(at::Tag::inplace_view)) {
     auto* target = wrapper_at(arguments[0].toTensor(), this);
-    if (target != nullptr && target->view_record != nullptr) {  // others see this memory as it was
+    if (target != nullptr && is_seen_through_others(*target)) {
       make_batched(*target, *this);
       return op.redispatchBoxed(c10::DispatchKeySet(kBatchingRules), &stack);
     }

@@ -1,5 +1,6 @@
 """Writing batched values into tensors that the mapped function makes: they become batched, and so do their views."""
 
+import copy
 import gc
 
 import pytest
@@ -331,6 +332,18 @@ def test_written_tensor_has_no_memory_to_read(xs):
 
     with pytest.raises(RuntimeError, match=r"no memory of its own, so \.numpy\(\), \.tolist\(\)"):
         vmap(func)(xs)
+
+
+def test_shape_given_in_place(xs):
+    def func(x):
+        y, z = torch.arange(3.0), torch.zeros(2)
+        assert y.resize_(2).tolist() == [0, 1]
+        assert z.set_(torch.ones(4)).tolist() == [1, 1, 1, 1]
+        assert copy.copy(y).tolist() == [0, 1]
+        y[1] = x[1]
+        return y
+
+    torch.testing.assert_close(vmap(func)(xs)[:, 1], xs[:, 1].float())
 
 
 def test_tensor_that_outlives_the_call(xs):
