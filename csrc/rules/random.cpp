@@ -38,6 +38,12 @@ std::optional<at::Generator> given_generator(BatchCall& call) {
   return position.has_value() ? call.arg(*position).toOptional<at::Generator>() : std::nullopt;
 }
 
+// As torch.rand. The overload with a generator does not trace with symbolic sizes.
+at::Tensor draw_uniform(BatchCall& call, c10::SymIntArrayRef sizes, const c10::TensorOptions& options) {
+  const auto generator = given_generator(call);
+  return generator.has_value() ? at::rand_symint(sizes, generator, options) : at::rand_symint(sizes, options);
+}
+
 c10::SymInt whole_batch(const BatchCall& call) {
   const auto* chunks = call.level().chunks().get();
   return chunks != nullptr ? c10::SymInt(chunks->total()) : call.batch_size();
@@ -106,7 +112,7 @@ void randperm_rule(BatchCall& call) {
   }
   auto options = c10::TensorOptions(c10::kDouble);
   if (!call.arg("device").isNone()) options = options.device(call.arg("device").toDevice());
-  const auto keys = at::rand_symint({whole_batch(call), call.arg("n").toSymInt()}, given_generator(call), options);
+  const auto keys = draw_uniform(call, {whole_batch(call), call.arg("n").toSymInt()}, options);
   const auto dtype = call.arg("dtype").isNone() ? c10::kLong : call.arg("dtype").toScalarType();
   call.set_results(keys.argsort(/*stable=*/true, -1).to(dtype));
   finish_part(call);
@@ -192,7 +198,7 @@ void bernoulli_rule(BatchCall& call) {
   const auto like = like_one_example(call, 0);
   const auto& p = call.to_front(p_position, like.dim());
   const auto dtype = p.scalar_type() == c10::kDouble ? c10::kDouble : c10::kFloat;
-  const auto u = at::rand_symint(like.sym_sizes(), given_generator(call), p.options().dtype(dtype));
+  const auto u = draw_uniform(call, like.sym_sizes(), p.options().dtype(dtype));
   at::_assert_async(((p >= 0) & (p <= 1)).all(), "Expected p_in >= 0 && p_in <= 1 to be true, but got false.");
   call.set_results((u < p).to(like.scalar_type()));
   call.finish();
@@ -313,7 +319,7 @@ at::Tensor rrelu_factors(BatchCall& call, const at::Tensor& negative) {
     return precision == c10::kDouble ? value.toDouble() : value.toFloat();
   };
   const auto like = like_what_is_drawn(call, c10::kDouble);
-  const auto u = at::rand_symint(like.sym_sizes(), given_generator(call), like.options());
+  const auto u = draw_uniform(call, like.sym_sizes(), like.options());
   const auto r = (u * (bound("upper") - bound("lower")) + bound("lower")).to(precision);
   if (different(call)) return part_of(call, r);
   const auto order = flatten_examples(negative).cumsum(1) - 1;
@@ -352,6 +358,14 @@ c10::OperatorHandle out_of_place(const c10::OperatorName& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), name.overload_name.c_str());
 }
 
+// Autograd saves the noise of rrelu before it is written, so that write does not count.
+void copy_uncounted(const at::Tensor& target, const at::Tensor& value) {
+  auto counter = target.unsafeGetTensorImpl()->version_counter();
+  const auto version = counter.enabled() ? counter.current_version() : 0;
+  target.copy_(value);
+  if (counter.enabled()) counter.set_version(version);
+}
+
 bool is_batched_at(const at::Tensor& x, const Level& level) {
   const auto* wrapper = wrapper_at(x, &level);
   return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
@@ -365,22 +379,25 @@ void random_fill(const c10::OperatorHandle& op, Stack& stack) {
   const auto arguments = torch::jit::pop(stack, count_arguments(op));
   const auto training = schema.argumentIndexWithName("training");
   if (!training.has_value() || arguments[*training].toBool()) check_randomness(op, level);
-  std::vector<at::Tensor> targets;
+  std::vector<size_t> written;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
-    if (alias != nullptr && alias->isWrite()) targets.push_back(arguments[i].toTensor());
+    if (alias != nullptr && alias->isWrite()) written.push_back(i);
   }
   Stack results = arguments;
   out_of_place(op.operator_name()).callBoxed(&results);
-  for (size_t k = 0; k < targets.size(); ++k) {
-    const auto& value = results[results.size() - targets.size() + k].toTensor();
-    TORCH_CHECK_VALUE(is_batched_at(targets[k], level) || !is_batched_at(value, level), "vmap: ", op.operator_name(),
-                      " would write other random numbers for each example into a tensor from outside the mapped "
-                      "function (shape ",
-                      targets[k].sym_sizes(),
-                      "): every example needs its own copy. Make the tensor "
+  for (size_t k = 0; k < written.size(); ++k) {
+    const auto& target = arguments[written[k]].toTensor();
+    const auto& value = results[results.size() - written.size() + k].toTensor();
+    TORCH_CHECK_VALUE(is_batched_at(target, level) || !is_batched_at(value, level), "vmap: ", op.operator_name(),
+                      " would write other random numbers for each example into a tensor from outside the mapped ",
+                      "function (shape ", target.sym_sizes(), "): every example needs its own copy. Make the tensor ",
                       "inside, for example with torch.empty_like(x).");
-    targets[k].copy_(value);
+    if (schema.arguments()[written[k]].name() == "noise") {
+      copy_uncounted(target, value);
+    } else {
+      target.copy_(value);
+    }
   }
   for (size_t r = 0; r < schema.returns().size(); ++r) {
     const auto index = written_argument(schema, r);

@@ -8,9 +8,6 @@ from __future__ import annotations
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 
-#: With randomness="same" the numbers are not those of a single example: the kernel draws none for positive elements.
-OTHER_NUMBERS = {"nn.functional.rrelu"}
-
 #: The shape of the result depends on the data, and an empty batch has none: only batches with examples are compared.
 SIZE_FROM_DATA = {"argwhere", "bincount", "masked_select", "nonzero", "tensor_split", "unique", "unique_consecutive"}
 
@@ -27,8 +24,6 @@ CONTIGUOUS_ONLY = {
 
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
-_DISTRIBUTION = "randomness='same' with a distribution that differs between examples"
-_MASK = "a mask is drawn into a tensor that is not batched"
 
 #: Samples that raise our error, and why.
 REFUSED = {
@@ -42,32 +37,10 @@ REFUSED = {
     "nn.functional.batch_norm": _STATISTICS,
     "nn.functional.instance_norm": _STATISTICS,
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
-    "bernoulli": _DISTRIBUTION,
-    "multinomial": _DISTRIBUTION,
-    "normal": _DISTRIBUTION,
-    "normal.number_mean": _DISTRIBUTION,
-    "nn.functional.dropout2d (jvp)": _MASK,
-    "nn.functional.multi_head_attention_forward": _MASK,
-    "nn.functional.rrelu": _MASK,
 }
-
-_NO_FIRST_EXAMPLE = "randomness='same' takes the shape from the first example of an empty batch"
 
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
-    "cauchy": _NO_FIRST_EXAMPLE,
-    "exponential": _NO_FIRST_EXAMPLE,
-    "geometric": _NO_FIRST_EXAMPLE,
-    "log_normal": _NO_FIRST_EXAMPLE,
-    "uniform": _NO_FIRST_EXAMPLE,
-    "normal.in_place": _NO_FIRST_EXAMPLE,
-    "rand_like": _NO_FIRST_EXAMPLE,
-    "randint_like": _NO_FIRST_EXAMPLE,
-    "randn_like": _NO_FIRST_EXAMPLE,
-    "nn.functional.dropout2d": _NO_FIRST_EXAMPLE,
-    "nn.functional.dropout3d": _NO_FIRST_EXAMPLE,
-    "nn.functional.multi_head_attention_forward": _NO_FIRST_EXAMPLE,
-    "nn.functional.rrelu": _NO_FIRST_EXAMPLE,
     "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
 }
 
@@ -113,11 +86,7 @@ LOOPING_ATEN = {
         "miopen_rnn_backward",
         "mkldnn_rnn_layer",
     ],
-    "the workspace of the loss depends on the lengths, which are data": [
-        "_ctc_loss",
-        "_ctc_loss.Tensor",
-        "_ctc_loss_backward",
-        "_ctc_loss_backward.Tensor",
+    "a loss of single backends, whose general form has a rule": [
         "_cudnn_ctc_loss",
         "_cudnn_ctc_loss.Tensor",
         "miopen_ctc_loss",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from functorch_lite import _C, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -359,6 +360,36 @@ def test_derivatives(randomness):
         assert gradient.max().item() == pytest.approx(1 / 0.6)
         outside, _ = seeded(grad(lambda x, f=func: vmap(f, randomness=randomness)(x).sum()), x)
         assert torch.equal(gradient, outside)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_derivatives_of_rrelu(in_place):
+    x = torch.randn(3, 6, dtype=torch.float64)
+    func = lambda x: F.rrelu(x.clone(), training=True, inplace=in_place).square().sum()
+    for randomness in MODES:
+        inside, _ = seeded(vmap(grad(func), randomness=randomness), x)
+        outside, _ = seeded(grad(lambda x, r=randomness: vmap(func, randomness=r)(x).sum()), x)
+        torch.testing.assert_close(inside, outside)
+        torch.testing.assert_close(inside[x > 0], 2 * x[x > 0])
+        assert inside[x < 0].div(2 * x[x < 0]).sqrt().sub(0.23).abs().max() < 0.11
+
+
+def test_tracing_with_symbolic_sizes():
+    for name in (
+        "dropout",
+        "rand_like",
+        "normal_",
+        "bernoulli",
+        "normal.Tensor_Tensor",
+        "multinomial",
+        "rrelu",
+        "randperm",
+    ):
+        for randomness in MODES:
+            mapped = vmap(ALL[name], randomness=randomness)
+            graph = make_fx(mapped, tracing_mode="symbolic")(probabilities(3, 4))
+            x = probabilities(5, 4)
+            assert_equal(seeded(graph, x), seeded(mapped, x))
 
 
 @pytest.mark.parametrize("name", ["Normal", "Gamma", "Exponential", "Laplace"])
