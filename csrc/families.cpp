@@ -59,7 +59,13 @@ void promote_as_seen(BatchCall& call) {
   const auto dtype = dtype_as_seen(call);
   if (dtype == at::native::result_type(physical)) return;
   for (auto i : operands) {
-    if (call.is_batched(i)) call.arg(i) = call.tensor(i).to(dtype);
+    const auto* alias = call.schema().arguments()[i].alias_info();
+    if (alias != nullptr && alias->isWrite()) continue;  // a copy of it would take the result
+    if (call.is_batched(i)) {
+      call.arg(i) = call.tensor(i).to(dtype);
+    } else if (call.schema().is_mutable() && call.rank(i) == 0) {
+      call.expand_to_front(i);  // counts as much as the batched scalar that is written into
+    }
   }
 }
 

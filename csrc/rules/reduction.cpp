@@ -97,8 +97,8 @@ void isin_rule(BatchCall& call) {
   }
   const auto dtype = call.tensor(0).scalar_type() == c10::kBool ? c10::kByte : call.tensor(0).scalar_type();
   const auto x = call.expand_to_front(0).to(dtype);
-  const auto values = flatten_examples(x);
-  const auto tests = std::get<0>(at::sort(flatten_examples(call.to_front(1)), 1));
+  const auto values = flatten_examples(x).contiguous();
+  const auto tests = std::get<0>(at::sort(flatten_examples(call.to_front(1)), 1)).contiguous();
   at::Tensor found;
   if (tests.sym_size(1) == 0) {
     found = at::zeros_like(values, c10::kBool);

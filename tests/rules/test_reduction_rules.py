@@ -150,6 +150,10 @@ BINARY = {
     "lerp": lambda x, y: torch.lerp(x, x, y),
     "searchsorted": lambda x, y: torch.searchsorted(x.reshape(-1).sort()[0], y),
     "cat": lambda x, y: torch.cat([x.reshape(-1), y.reshape(-1)]),
+    "add_": lambda x, y: x.clone().add_(y),
+    "mul_": lambda x, y: x.clone().mul_(y),
+    "copy_": lambda x, y: x.clone().copy_(y),
+    "clamp_": lambda x, y: x.clone().clamp_(max=y),
 }
 
 
