@@ -8,6 +8,17 @@ from __future__ import annotations
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 
+#: The shape of the result depends on the data, so an empty batch does not tell it.
+SHAPE_OF_DATA = {
+    "argwhere",
+    "bincount",
+    "masked_select",
+    "nn.functional.one_hot",
+    "nonzero",
+    "unique",
+    "unique_consecutive",
+}
+
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
     "view",
