@@ -197,9 +197,12 @@ def compare(row: Row, size: tuple[int, int], turns: int) -> tuple[float, float, 
     for function in functions:
         function(*arguments)
     repeats = [max(1, int(2e3 / timed(function, arguments, 2))) for function in functions]
-    times = []
-    for _ in range(turns):
-        times.append([timed(f, arguments, n) for f, n in zip(functions, repeats, strict=True)])
+    times = [[0.0] * len(functions) for _ in range(turns)]
+    for turn, row_of_times in enumerate(times):
+        # Each comes first in its turn: what runs before leaves the caches to what runs next.
+        for k in range(len(functions)):
+            i = (turn + k) % len(functions)
+            row_of_times[i] = timed(functions[i], arguments, repeats[i])
     ours, theirs, looped = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b, _ in times)
     to_loop = statistics.median(a / c for a, _, c in times)

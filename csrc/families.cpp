@@ -13,25 +13,24 @@
 
 namespace functorch_lite {
 
-void promote_as_seen(BatchCall& call) {
-  at::native::ResultTypeState seen;
-  at::native::ResultTypeState physical;
-  bool mixed = false;
-  std::optional<c10::ScalarType> first;
-  for (size_t i = 0; i < call.size(); ++i) {
-    if (!call.is_tensor(i)) continue;
-    const auto& x = call.tensor(i);
-    if (first.has_value()) mixed |= x.scalar_type() != *first;
-    first = x.scalar_type();
-  }
-  if (C10_LIKELY(!mixed)) return;
+namespace {
+
+// The arguments that take part in type promotion.
+std::vector<size_t> promoted_arguments(BatchCall& call) {
   std::vector<size_t> operands;
   for (size_t i = 0; i < call.size(); ++i) {
     const auto& name = call.schema().arguments()[i].name();
-    if (!call.is_tensor(i) || name == "condition" || name == "mask") continue;
-    operands.push_back(i);
+    if (call.is_tensor(i) && name != "condition" && name != "mask") operands.push_back(i);
+  }
+  return operands;
+}
+
+}  // namespace
+
+c10::ScalarType dtype_as_seen(BatchCall& call) {
+  at::native::ResultTypeState seen;
+  for (auto i : promoted_arguments(call)) {
     const auto& x = call.tensor(i);
-    physical = at::native::update_result_type_state(x, physical);
     const bool batched_scalar = call.is_batched(i) && call.rank(i) == 0;
     if (!batched_scalar) {
       seen = at::native::update_result_type_state(x, seen);
@@ -41,7 +40,23 @@ void promote_as_seen(BatchCall& call) {
       seen.zeroResult = c10::promoteTypes(seen.zeroResult, x.scalar_type());
     }
   }
-  const auto dtype = at::native::result_type(seen);
+  return at::native::result_type(seen);
+}
+
+void promote_as_seen(BatchCall& call) {
+  bool mixed = false;
+  std::optional<c10::ScalarType> first;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_tensor(i)) continue;
+    const auto& x = call.tensor(i);
+    if (first.has_value()) mixed |= x.scalar_type() != *first;
+    first = x.scalar_type();
+  }
+  if (C10_LIKELY(!mixed)) return;
+  const auto operands = promoted_arguments(call);
+  at::native::ResultTypeState physical;
+  for (auto i : operands) physical = at::native::update_result_type_state(call.tensor(i), physical);
+  const auto dtype = dtype_as_seen(call);
   if (dtype == at::native::result_type(physical)) return;
   for (auto i : operands) {
     if (call.is_batched(i)) call.arg(i) = call.tensor(i).to(dtype);

@@ -35,8 +35,10 @@ Family forbid(const char* advice);
 
 // Helpers for single rules.
 
-// Type promotion ranks scalars below tensors with dimensions. A batched scalar has a dimension when the operator
-// runs, so where that would change the common dtype, the arguments are converted to the one user code expects.
+// Type promotion ranks scalars below tensors with dimensions, and a batched scalar has a dimension when the operator
+// runs. The common dtype that user code expects:
+c10::ScalarType dtype_as_seen(BatchCall& call);
+// Converts the batched arguments to it where it would be another one.
 void promote_as_seen(BatchCall& call);
 
 // Whether any tensor of values[0..n) is batched at the current level: for compositions, which see wrappers.

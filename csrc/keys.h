@@ -23,8 +23,9 @@ constexpr auto kAutograd = c10::DispatchKey::AutogradPrivateUse3;
 // error of PyTorch's, which functorch_lite/_boundary.py puts into other words.
 constexpr auto kSubclassMark = c10::DispatchKey::Batched;
 
-// PyTorch's indexing makes a number of an integer tensor without dimensions, as in x[i], unless that carries this key of
-// torch.func's. On such tensors only, and a mark again: torch.func inside a transform of ours raises when it meets one.
+// PyTorch's indexing makes a number of an integer tensor without dimensions, as in x[i], unless that carries this key
+// of torch.func's. On such tensors only, and a mark again: torch.func inside a transform of ours raises when it meets
+// one.
 constexpr auto kIndexMark = c10::DispatchKey::FuncTorchBatched;
 
 // Where an autodiff level sends an operator: record, track views and versions, then kBelowAutograd.

@@ -92,8 +92,7 @@ def test_small_graph():
 def forward(self, x_1):
     sin = torch.ops.aten.sin.default(x_1)
     mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
-    view = torch.ops.aten.view.default(mul, [2, 3]);  mul = None
-    sum_1 = torch.ops.aten.sum.dim_IntList(view, [1]);  view = None
+    sum_1 = torch.ops.aten.sum.dim_IntList(mul, [1]);  mul = None
     ones_like = torch.ops.aten.ones_like.default(sum_1, pin_memory = False)
     zeros_like = torch.ops.aten.zeros_like.default(sum_1);  sum_1 = None
     add = torch.ops.aten.add.Tensor(ones_like, zeros_like);  ones_like = zeros_like = None

@@ -111,11 +111,11 @@ void bincount_rule(BatchCall& call) {
     call.set_results(x.new_zeros_symint({call.batch_size(), minlength}));
     return call.finish();
   }
-  TORCH_CHECK(innermost_value(x).ge(0).all().item<bool>(), "bincount(): expected no negative values");
-  const auto size = c10::SymInt(common_size(call.op(), (at::amax(x, 1) + 1).clamp_min(minlength))).max(minlength);
   auto weights = weighted ? call.expand_to_front(1) : at::ones_like(x);
   TORCH_CHECK(weights.sym_size(1) == x.sym_size(1), "bincount(): expected ", x.sym_size(1), " weights, got ",
               weights.sym_size(1));
+  TORCH_CHECK(innermost_value(x).ge(0).all().item<bool>(), "bincount(): expected no negative values");
+  const auto size = c10::SymInt(common_size(call.op(), (at::amax(x, 1) + 1).clamp_min(minlength))).max(minlength);
   if (weighted && weights.scalar_type() != c10::kFloat) weights = weights.to(c10::kDouble);
   const auto counts = x.new_zeros_symint({call.batch_size(), size}, weights.options());
   call.set_results(at::scatter_add(counts, 1, x, weights));

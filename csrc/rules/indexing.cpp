@@ -303,7 +303,9 @@ void index_fill_rule(BatchCall& call) {
   const WriteAlong write(call);
   auto sizes = write.x.sym_sizes().vec();
   sizes[write.dim] = call.is_batched(2) ? call.to_front(2, 1).sym_size(1) : call.tensor(2).sym_numel();
-  write.finish(at::scatter(write.x, write.dim, write.index(sizes), call.arg(3).toScalar()));
+  const auto index = write.index(sizes);
+  const auto wrapped = at::where(index < 0, index + write.x.sym_size(write.dim), index);
+  write.finish(at::scatter(write.x, write.dim, wrapped, call.arg(3).toScalar()));
 }
 
 // index[B,*] -> positions[B,k] in x[B,n], negative ones counted from the end.

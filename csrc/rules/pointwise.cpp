@@ -8,11 +8,12 @@
 namespace functorch_lite {
 namespace {
 
-// x[B?,*], end[B?,*], weight[B?,*]: a weight of rank 0 may have another dtype.
+// x[B?,*], end[B?,*], weight[B?,*]: a weight of rank 0 may have another dtype, and takes part in promotion.
 void lerp_rule(BatchCall& call) {
-  const auto dtype = call.tensor(0).scalar_type();
-  const bool converts = call.rank(2) == 0 && !c10::isComplexType(call.tensor(2).scalar_type());
-  if (converts && call.is_batched(2)) call.arg(2) = call.tensor(2).to(dtype);
+  if (call.rank(2) == 0 && call.tensor(0).scalar_type() == call.tensor(1).scalar_type()) {
+    const auto dtype = call.schema().is_mutable() ? call.tensor(0).scalar_type() : dtype_as_seen(call);
+    for (size_t i = 0; i < 3; ++i) call.arg(i) = call.tensor(i).to(dtype);
+  }
   pointwise().rule_for(call.schema())(call);
 }
 

@@ -49,7 +49,8 @@ void searchsorted_rule(BatchCall& call) {
   call.expand_to_front(0);
   if (call.is_tensor(sorter)) call.expand_to_front(sorter);
   const auto values = call.expand_to_front(1);
-  if (single_row) call.arg(1) = flatten_examples(values);
+  call.arg(0) = call.tensor(0).contiguous();
+  call.arg(1) = (single_row ? flatten_examples(values) : values).contiguous();
   call.call();
   call.result() = at::reshape_symint(call.result().toTensor(), values.sym_sizes());
   call.finish();
@@ -64,8 +65,8 @@ void bucketize_rule(BatchCall& call) {
     return call.finish();
   }
   const auto values = call.expand_to_front(0);
-  const auto y = at::searchsorted(call.to_front(1), flatten_examples(values), call.arg("out_int32").toBool(),
-                                  call.arg("right").toBool());
+  const auto y = at::searchsorted(call.to_front(1).contiguous(), flatten_examples(values).contiguous(),
+                                  call.arg("out_int32").toBool(), call.arg("right").toBool());
   call.set_results(at::reshape_symint(y, values.sym_sizes()));
   call.finish();
 }

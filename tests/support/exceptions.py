@@ -8,16 +8,11 @@ from __future__ import annotations
 #: Results are uninitialised memory: only shapes and dtypes are compared.
 ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 
-#: The shape of the result depends on the data, so an empty batch does not tell it.
-SHAPE_OF_DATA = {
-    "argwhere",
-    "bincount",
-    "masked_select",
-    "nn.functional.one_hot",
-    "nonzero",
-    "unique",
-    "unique_consecutive",
-}
+#: The shape of the result depends on the data, and an empty batch has none: only batches with examples are compared.
+SIZE_FROM_DATA = {"argwhere", "bincount", "masked_select", "nonzero", "tensor_split", "unique", "unique_consecutive"}
+
+#: PyTorch's own `out=` form gives other numbers than the function: for one dimension it is not conjugated.
+WRONG_OUT = {"fft.ihfftn"}
 
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
@@ -30,7 +25,6 @@ CONTIGUOUS_ONLY = {
     "as_strided.partial_views",
 }
 
-_DATA_DEPENDENT_SHAPE = "the shape of the result depends on the data, so it would differ between examples"
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
 
@@ -38,16 +32,6 @@ _STATISTICS = "running statistics are written, and every example has its own"
 REFUSED = {
     "item": _PYTHON_VALUE,
     "allclose": _PYTHON_VALUE,
-    "equal": _PYTHON_VALUE,
-    "cov": "it checks the weights with a Python `if`",
-    "combinations": _DATA_DEPENDENT_SHAPE,
-    "masked_select": _DATA_DEPENDENT_SHAPE,
-    "unique": _DATA_DEPENDENT_SHAPE,
-    "unique_consecutive": _DATA_DEPENDENT_SHAPE,
-    "bincount": _DATA_DEPENDENT_SHAPE,
-    "nonzero": _DATA_DEPENDENT_SHAPE,
-    "argwhere": _DATA_DEPENDENT_SHAPE,
-    "index_fill (vjp)": "whether an index repeats is a Python value",
     "nn.functional.one_hot": "the largest index is the number of classes, and an empty batch has none",
     "nn.functional.gaussian_nll_loss": "it checks with a Python `if` that the variance is not negative",
     "native_batch_norm": _STATISTICS,
@@ -55,35 +39,18 @@ REFUSED = {
     "_batch_norm_with_update": _STATISTICS,
     "nn.functional.batch_norm": _STATISTICS,
     "nn.functional.instance_norm": _STATISTICS,
-    "tensor_split": "indices that differ between examples give pieces of different sizes",
-    "narrow (vjp)": "a start that is a tensor becomes a Python value before the derivative is recorded",
-    "narrow (jvp)": "a start that is a tensor becomes a Python value before the derivative is recorded",
-    "index_put": "values at a mask that differs between examples are of different number",
-    "resize_": "it gives a tensor another shape in place",
-    "resize_as_": "it gives a tensor another shape in place",
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
 }
 
-_EMPTY_BATCH = "the kernel refuses an empty batch"
-_SCALAR_WINDOW = "windows of a scalar"
-
 #: Samples that raise PyTorch's own error, and why.
 FAILING = {
-    "_chunk_cat": _EMPTY_BATCH,
-    "_segment_reduce.lengths": _EMPTY_BATCH,
-    "unfold (vjp)": _SCALAR_WINDOW,
-    "unfold_copy (vjp)": _SCALAR_WINDOW,
     "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
 }
 
 #: Operators that run once for each example, with the warning. A new release of PyTorch shows its new ones here.
 LOOPING = {
-    "histogram",
-    "histogramdd",
-    "histc",
-    "nonzero_static",
-    "hash_tensor",
-    "masked_scatter (vjp)",
+    "unique",
+    "unique_consecutive",
     "nn.functional.pdist (vjp)",
 }
 
@@ -122,11 +89,7 @@ LOOPING_ATEN = {
         "miopen_rnn_backward",
         "mkldnn_rnn_layer",
     ],
-    "the workspace of the loss depends on the lengths, which are data": [
-        "_ctc_loss",
-        "_ctc_loss.Tensor",
-        "_ctc_loss_backward",
-        "_ctc_loss_backward.Tensor",
+    "a loss of single backends, whose general form has a rule": [
         "_cudnn_ctc_loss",
         "_cudnn_ctc_loss.Tensor",
         "miopen_ctc_loss",
