@@ -68,7 +68,12 @@ void set_options(const Sibling& functional, const at::Tensor& out, Stack& argume
   const auto& schema = functional.op.schema();
   const auto dtype = schema.argumentIndexWithName("dtype");
   const auto device = schema.argumentIndexWithName("device");
-  if (dtype.has_value() && arguments[*dtype].isNone()) arguments[*dtype] = out.scalar_type();
+  if (dtype.has_value() && arguments[*dtype].isNone()) {
+    // That of a norm is the one of its numbers, and the norm of complex numbers is real.
+    const bool is_norm = schema.name().find("norm") != std::string::npos;
+    const bool is_complex = is_norm && arguments[0].toTensor().is_complex();
+    arguments[*dtype] = is_complex ? c10::toComplexType(out.scalar_type()) : out.scalar_type();
+  }
   if (device.has_value() && arguments[*device].isNone()) arguments[*device] = out.device();
 }
 

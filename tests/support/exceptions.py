@@ -11,6 +11,9 @@ ONLY_SHAPES = {"empty_like", "new_empty", "new_empty_strided", "empty_strided"}
 #: The shape of the result depends on the data, and an empty batch has none: only batches with examples are compared.
 SIZE_FROM_DATA = {"argwhere", "bincount", "masked_select", "nonzero", "tensor_split", "unique", "unique_consecutive"}
 
+#: PyTorch's own `out=` form gives other numbers than the function: for one dimension it is not conjugated.
+WRONG_OUT = {"fft.ihfftn"}
+
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
     "view",
