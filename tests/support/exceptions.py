@@ -43,16 +43,10 @@ REFUSED = {
 }
 
 #: Samples that raise PyTorch's own error, and why.
-FAILING = {
-    "to_sparse (vjp)": "a sparse tensor cannot be a batch of dense ones",
-}
+FAILING: dict[str, str] = {}
 
 #: Operators that run once for each example, with the warning. A new release of PyTorch shows its new ones here.
-LOOPING = {
-    "unique",
-    "unique_consecutive",
-    "nn.functional.pdist (vjp)",
-}
+LOOPING = {"unique", "unique_consecutive"}
 
 #: ATen operators that run once for each example, by the reason: those of the names above, and others that few programs
 #: call.

@@ -53,8 +53,9 @@ def pick(items: Sequence[T], number: int | None, key: str) -> list[T]:
 
 
 def dtypes_of(op: OpInfo, form: str, extent: Extent) -> list[torch.dtype]:
-    """The dtypes to test the operator with, in one of its forms."""
-    return pick([dtype for dtype in DTYPES if dtype in op.dtypes], extent.dtypes, f"{name_of(op)} {form}")
+    """The dtypes to test the operator with: in a short run two for the function, and one for its other forms."""
+    dtypes = pick([dtype for dtype in DTYPES if dtype in op.dtypes], extent.dtypes, f"{name_of(op)} {form}")
+    return dtypes if form == "function" or extent.dtypes is None else dtypes[-1:]
 
 
 def derivative_dtypes_of(op: OpInfo, extent: Extent) -> list[torch.dtype]:
