@@ -14,7 +14,6 @@ Wrapper::Wrapper(at::Tensor value, LevelPtr level, int64_t bdim)
       value_(std::move(value)),
       level_(std::move(level)),
       bdim_(bdim) {
-  share_storage();
   copy_keys_from_value();
   auto* impl = value_.unsafeGetTensorImpl();
   // Under inference mode the constructor made an inference tensor, which autograd refuses: the keys above undo it.
@@ -62,6 +61,7 @@ void Wrapper::copy_keys_from_value() {
 }
 
 void Wrapper::refresh() {
+  share_storage();
   const auto* impl = value_.unsafeGetTensorImpl();
   if (impl->has_symbolic_sizes_strides()) {
     auto sizes = impl->sym_sizes().vec();
@@ -112,7 +112,6 @@ const at::Tensor& Wrapper::value() const {
 void Wrapper::replace_value(at::Tensor value, int64_t bdim) {
   value_ = std::move(value);
   bdim_ = bdim;
-  share_storage();
   copy_keys_from_value();
   refresh();
 }
