@@ -18,6 +18,7 @@
 #include "op_args.h"
 #include "plain_compositions.h"
 #include "symbolic_zero.h"
+#include "written_arguments.h"
 
 namespace functorch_lite {
 namespace {
@@ -164,14 +165,10 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   const auto& schema = op.schema();
   const auto n = schema.arguments().size();
   auto* arguments = stack.data() + stack.size() - n;
-  c10::SmallVector<c10::IValue, 1> written;
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    const auto index = written_argument(schema, i);
-    written.push_back(index < 0 ? c10::IValue() : arguments[index]);
-  }
+  WrittenArguments written(schema, arguments);
   std::vector<at::Tensor> sources;
   if (how.may_be_captured) {
-    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(innermost_value(tensor)); });
+    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(tensor); });
   }
   {
     RunBelow below(*this, how.same_keys);
@@ -188,20 +185,10 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (!written[i].isNone()) {
-      results[i] = std::move(written[i]);
-      for_each_tensor(results + i, 1, [&](const at::Tensor& tensor) {
-        if (auto* wrapper = wrapper_at(tensor, this)) wrapper->refresh();
-      });
-      continue;
-    }
+    if (written.restore(i, results[i], *this)) continue;
     replace_tensors(results + i, 1, [&](const at::Tensor& tensor) {
       auto result = wrap(tensor, *this);
-      const auto& memory = innermost_value(tensor);
-      for (const auto& source : sources) {
-        const bool shared = source.has_storage() && memory.has_storage() && memory.is_alias_of(source);
-        if (shared) as_wrapper(result)->is_captured = true;
-      }
+      for (const auto& source : sources) as_wrapper(result)->is_captured |= have_one_storage(tensor, source);
       return result;
     });
   }

@@ -25,13 +25,9 @@ BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
       begin_(stack.size() - count_arguments(op)),
       level_(current_vmap_level()),
       bdims_(stack.size() - begin_, kNoBatchDim),
+      written_(op.schema(), stack.data() + begin_),
       below_(level_) {
   const auto& schema = op.schema();
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    const auto index = written_argument(schema, i);
-    if (index >= 0) written_.resize(schema.returns().size());
-    if (index >= 0) written_[i] = arg(index);
-  }
   const auto refuse_captured_target = [&](size_t i, const c10::IValue& target) {
     const auto* alias = schema.arguments()[i].alias_info();
     if (C10_LIKELY(alias == nullptr || !alias->isWrite()) || op.hasTag(at::Tag::nondeterministic_seeded)) return;
@@ -141,12 +137,8 @@ void BatchCall::finish_each(c10::ArrayRef<int64_t> bdims) {
 }
 
 void BatchCall::finish_result(size_t i, int64_t bdim) {
-  if (i < written_.size() && !written_[i].isNone()) {
-    result(i) = std::move(written_[i]);
-    for_each_tensor(&result(i), 1, [&](const at::Tensor& tensor) {
-      if (auto* wrapper = wrapper_at(tensor, &level_)) wrapper->refresh();
-    });
-  } else if (result(i).isTensor()) {
+  if (written_.restore(i, result(i), level_)) return;
+  if (result(i).isTensor()) {
     auto& tensor = result(i).toTensor();
     if (tensor.defined()) tensor = wrap(std::move(tensor), level_, bdim);
   } else {

@@ -15,6 +15,7 @@
 #include "op_args.h"
 #include "vmap_level.h"
 #include "wrapper.h"
+#include "written_arguments.h"
 
 namespace functorch_lite {
 
@@ -84,7 +85,7 @@ class BatchCall {
   VmapLevel& level_;
   c10::SmallVector<int64_t, 8> bdims_;
   std::vector<std::pair<size_t, std::vector<bool>>> batched_lists_;
-  c10::SmallVector<c10::IValue, 1> written_;  // by result: the argument it is, or None
+  WrittenArguments written_;
   RunBelow below_;
 };
 

@@ -270,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
         "Example:\n    >>> from functorch_lite import level_depth\n    >>> level_depth()\n    0\n");
   m.def("describe", &describe);
   m.def("innermost_value", &innermost_value);
+  m.def("have_one_storage", &have_one_storage);
   m.def("is_wrapper", [](const at::Tensor& tensor) { return as_wrapper(tensor) != nullptr; });
   m.def("strip_closed_levels", &strip_closed_levels);
   m.def("batching_rules", &batching_rules);

@@ -20,21 +20,25 @@ at::Tensor tensor_of(const std::vector<int64_t>& numbers) {
 // ctc_loss by PyTorch's own kernels, to which lengths in tensors are data. Its composition reads them, to choose
 // between those kernels and cuDNN's.
 void plain_ctc_loss(const c10::OperatorHandle& op, Stack& stack) {
-  const auto arguments = torch::jit::pop(stack, count_arguments(op));
-  const auto log_probs = arguments[0].toTensor();
-  const auto lengths = arguments[3];
+  static const auto with_tensors = find_operator("_ctc_loss.Tensor");
+  static const auto with_lists = find_operator("_ctc_loss");
+  const NamedArguments args(op, stack);
+  const auto log_probs = args.tensor("log_probs");
+  const auto lengths = args["target_lengths"];
   const bool has_batch = log_probs.dim() == 3;
-  const auto kernel = find_operator(lengths.isTensor() ? "_ctc_loss.Tensor" : "_ctc_loss");
+  const bool zero_infinity = args.flag("zero_infinity");
+  const auto reduction = args["reduction"].toInt();
   Stack results{has_batch ? log_probs : log_probs.unsqueeze(1),
-                arguments[1].toTensor().to(log_probs.device(), c10::kLong),
-                arguments[2],
+                args.tensor("targets").to(log_probs.device(), c10::kLong),
+                args["input_lengths"],
                 lengths,
-                arguments[4],
-                arguments[6]};
-  kernel.callBoxed(&results);
+                args["blank"],
+                zero_infinity};
+  torch::jit::drop(stack, count_arguments(op));
+  (lengths.isTensor() ? with_tensors : with_lists).callBoxed(&results);
   auto loss = results[0].toTensor();
-  if (arguments[6].toBool()) loss = at::where(loss == std::numeric_limits<double>::infinity(), 0, loss);
-  switch (arguments[5].toInt()) {
+  if (zero_infinity) loss = at::where(loss == std::numeric_limits<double>::infinity(), 0, loss);
+  switch (reduction) {
     case at::Reduction::Mean: {
       const auto length = lengths.isTensor() ? lengths.toTensor() : tensor_of(lengths.toIntVector());
       return torch::jit::push(stack, (loss / length.to(loss.device(), loss.scalar_type()).clamp_min(1)).mean());

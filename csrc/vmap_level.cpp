@@ -11,6 +11,7 @@
 #include "op_args.h"
 #include "shared_memory.h"
 #include "wrapper.h"
+#include "written_arguments.h"
 
 namespace functorch_lite {
 
@@ -50,10 +51,9 @@ bool is_dense(const at::Tensor& tensor) {
   return tensor.layout() == c10::kStrided && !tensor.is_quantized() && !tensor.is_nested();
 }
 
-bool shares_memory(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
-  const auto& memory = innermost_value(tensor);
+bool is_from(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   return std::any_of(others.begin(), others.end(), [&](const at::Tensor& other) {
-    return memory.has_storage() && other.has_storage() ? memory.is_alias_of(other) : memory.is_same(other);
+    return have_one_storage(tensor, other) || innermost_value(tensor).is_same(innermost_value(other));
   });
 }
 
@@ -102,21 +102,16 @@ void VmapLevel::run_once(const c10::OperatorHandle& op, Stack& stack, bool any_h
     }
   }
   const auto aliasing = aliasing_of(schema);
-  c10::SmallVector<c10::IValue, 1> written;
+  WrittenArguments written(schema, arguments);
   at::Tensor source;
   Stack recorded;
   std::vector<at::Tensor> captured;
-  if (aliasing.writes) {
-    for (size_t i = 0; i < schema.returns().size(); ++i) {
-      const auto index = written_argument(schema, i);
-      written.push_back(index < 0 ? c10::IValue() : arguments[index]);
-    }
-  } else if (any_here && aliasing.any) {
+  if (any_here && aliasing.any && !aliasing.writes) {
     source = viewed_argument(op, arguments);
     recorded.assign(arguments, arguments + n);
   }
   if (aliasing.any || is_composite) {
-    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { captured.push_back(innermost_value(tensor)); });
+    for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { captured.push_back(tensor); });
   }
   {
     const RunBelow below(*this);
@@ -134,15 +129,9 @@ void VmapLevel::run_once(const c10::OperatorHandle& op, Stack& stack, bool any_h
   // torch.tensor passes what it has made through this operator, which looks like a view.
   if (op.operator_name().name == "aten::lift_fresh") captured.clear();
   for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (i < written.size() && !written[i].isNone()) {
-      results[i] = std::move(written[i]);
-      for_each_tensor(results + i, 1, [&](const at::Tensor& tensor) {
-        if (auto* wrapper = wrapper_at(tensor, this)) wrapper->refresh();
-      });
-      continue;
-    }
+    if (written.restore(i, results[i], *this)) continue;
     replace_tensors(results + i, 1, [&](const at::Tensor& tensor) {
-      return is_dense(tensor) && !shares_memory(tensor, captured) ? wrap(tensor, *this) : tensor;
+      return is_dense(tensor) && !is_from(tensor, captured) ? wrap(tensor, *this) : tensor;
     });
   }
 }

@@ -169,4 +169,10 @@ const at::Tensor& innermost_value(const at::Tensor& tensor) {
   return *result;
 }
 
+bool have_one_storage(const at::Tensor& a, const at::Tensor& b) {
+  const auto& memory_a = innermost_value(a);
+  const auto& memory_b = innermost_value(b);
+  return memory_a.has_storage() && memory_b.has_storage() && memory_a.is_alias_of(memory_b);
+}
+
 }  // namespace functorch_lite

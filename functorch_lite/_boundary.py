@@ -100,12 +100,8 @@ def user_location() -> str:
 
 
 def _is_view_of(view: Tensor, whole: Tensor) -> bool:
-    if view is whole:
-        return True
-    if _C.is_wrapper(view) or _C.is_wrapper(whole) or torch.strided not in (view.layout, whole.layout):
-        return False
-    memory = view.untyped_storage()
-    return memory.nbytes() > 0 and memory.data_ptr() == whole.untyped_storage().data_ptr()
+    wrapped = _C.is_wrapper(view) or _C.is_wrapper(whole)
+    return view is whole or (not wrapped and _C.have_one_storage(view, whole))
 
 
 def _named_tensors(frame: FrameType) -> Iterator[tuple[str, Tensor]]:

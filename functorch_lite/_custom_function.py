@@ -97,8 +97,7 @@ def _one_level_down(cls: type[Function]) -> type[Function]:
 
 
 def _apply_at_vmap(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ...]) -> Any:
-    leaves = _tree.flatten(args)[0]
-    is_batched = any(level.unwrap(leaf)[1] is not None for leaf in leaves if isinstance(leaf, Tensor))
+    is_batched = any(dim is not None for _, dim in _tree.unwrap(level, _tree.flatten(args)[0]))
     if not is_batched and (_has_vmap(cls) or _is_differentiated_below(args)):
         values = _tree.map_tensors(lambda arg: level.unwrap(arg)[0], args)
         with _C.Below():
@@ -115,7 +114,7 @@ def _apply_at_vmap(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ..
 
 def _apply_mapped(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ...]) -> Any:
     """Apply, below a vmap, the Function that maps ``cls`` over the batch, forward and backward."""
-    unwrapped = [level.unwrap(arg) if isinstance(arg, Tensor) else (arg, None) for arg in args]
+    unwrapped = _tree.unwrap(level, args)
     dims = tuple(dim for _, dim in unwrapped)
     with _C.Below():
         mapped = _mapped(cls, dims, level)

@@ -34,7 +34,7 @@ def run(rule: Rule, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     level = _C.current_level()
     assert isinstance(level, _C.VmapLevel)
     leaves, spec = _tree.flatten(args)
-    unwrapped = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
+    unwrapped = _tree.unwrap(level, leaves)
     values = [value for value, _ in unwrapped]
     in_dims = _tree.unflatten([dim for _, dim in unwrapped], spec)
     named = {key: _unbatched(level, name, key, value) for key, value in kwargs.items()}
@@ -64,7 +64,7 @@ def run(rule: Rule, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _unbatched(level: _C.VmapLevel, name: str, key: str, value: Any) -> Any:
     leaves, spec = _tree.flatten(value)
-    unwrapped = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
+    unwrapped = _tree.unwrap(level, leaves)
     if any(dim is not None for _, dim in unwrapped):
         raise NotImplementedError(
             f"vmap: {name} was called with a batched keyword-only argument {key!r}, for which in_dims has no place. "
@@ -84,14 +84,8 @@ def _types(outputs: Any) -> str:
     return type(outputs).__name__
 
 
-def _is_dim(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
 def _flat_out_dims(described: str, outputs: Any, out_dims: Any) -> list[int | None]:
-    flat = _tree.broadcast_prefix(out_dims, outputs, _is_dim)
-    if flat is None and isinstance(out_dims, (tuple, list)) and isinstance(outputs, (tuple, list)):
-        flat = _tree.broadcast_prefix(tuple(out_dims), tuple(outputs), _is_dim)
+    flat = _tree.flat_out_dims(out_dims, outputs)
     if flat is None:
         raise ValueError(
             f"vmap: {described} returned out_dims={out_dims!r}, which does not fit its outputs, a "

@@ -9,7 +9,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from functorch_lite import _checks
+from functorch_lite import _C, _checks
 
 Spec = pytree.TreeSpec
 LEAF = pytree.tree_flatten(0)[1]
@@ -68,6 +68,25 @@ def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> 
     if prefix_spec.context != spec.context:
         return None
     return _broadcast_children(_children(prefix), _children(tree), is_leaf)
+
+
+def is_dim(value: object) -> bool:
+    """Whether this is an entry of in_dims or out_dims, and not a structure of such."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def flat_out_dims(out_dims: Any, outputs: Any) -> list[int | None] | None:
+    """A dimension for each leaf of the outputs; None if the structures do not fit."""
+    flat = broadcast_prefix(out_dims, outputs, is_dim)
+    # A tuple stands for a list and the other way round, as it does for in_dims.
+    if flat is None and isinstance(out_dims, (tuple, list)) and isinstance(outputs, (tuple, list)):
+        flat = broadcast_prefix(tuple(out_dims), tuple(outputs), is_dim)
+    return flat
+
+
+def unwrap(level: _C.VmapLevel, leaves: Sequence[Any]) -> list[tuple[Any, int | None]]:
+    """The value of each leaf one level down and its batch dimension; None for leaves that are not batched."""
+    return [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
 
 
 def _broadcast_children(

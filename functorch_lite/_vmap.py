@@ -95,8 +95,8 @@ def _map(
         lifted = [leaf if dim is None else level.lift(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
         output = func(*_tree.unflatten(lifted, spec), **kwargs)
         out_leaves, out_spec = _tree.flatten(output)
-        flat_dims = [out_dims] * len(out_leaves) if _is_dim(out_dims) else _flat_out_dims(func, out_dims, output)
-        results = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in out_leaves]
+        flat_dims = [out_dims] * len(out_leaves) if _tree.is_dim(out_dims) else _flat_out_dims(func, out_dims, output)
+        results = _tree.unwrap(level, out_leaves)
     placed = [
         _place(func, value, bdim, out_dim, batch_size, partial(_path_of_leaf, output, i))
         for i, ((value, bdim), out_dim) in enumerate(zip(results, flat_dims, strict=True))
@@ -176,16 +176,12 @@ def _argument_paths(args: tuple[Any, ...]) -> list[str]:
     return [f"argument {i}{path}" for i, arg in enumerate(args) for path in _tree.paths(arg)]
 
 
-def _is_dim(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
 def _flat_in_dims(name: str, in_dims: Any, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
     if isinstance(in_dims, int) and not isinstance(in_dims, bool):
         return [in_dims] * len(leaves)
     # A list works as a tuple does, for the arguments are a tuple.
     prefix = tuple(in_dims) if isinstance(in_dims, list) else in_dims
-    flat = _tree.broadcast_prefix(prefix, args, _is_dim)
+    flat = _tree.broadcast_prefix(prefix, args, _tree.is_dim)
     if flat is None:
         plural = "s" * (len(args) != 1)
         raise ValueError(
@@ -215,10 +211,7 @@ def _refuse_in_dim(name: str, args: tuple[Any, ...], index: int, leaf: Any, dim:
 
 
 def _flat_out_dims(func: Callable[..., Any], out_dims: Any, output: Any) -> list[int | None]:
-    flat = _tree.broadcast_prefix(out_dims, output, _is_dim)
-    # A tuple stands for a list and the other way round, as it does for in_dims.
-    if flat is None and isinstance(out_dims, (tuple, list)) and isinstance(output, (tuple, list)):
-        flat = _tree.broadcast_prefix(tuple(out_dims), tuple(output), _is_dim)
+    flat = _tree.flat_out_dims(out_dims, output)
     if flat is None and isinstance(out_dims, (tuple, list)) and len(out_dims) == 1 and isinstance(output, Tensor):
         flat = list(out_dims)
     if flat is None:

@@ -61,14 +61,7 @@ def register_batching_rule(op: Any) -> Callable[[FunctionT], FunctionT]:
         >>> vmap(outer, in_dims=(0, None))(torch.ones(4, 2), torch.ones(3)).shape
         torch.Size([4, 2, 3])
     """
-    operator = _resolve("register_batching_rule", op)
-
-    def register(rule: FunctionT) -> FunctionT:
-        _checks.check_callable("register_batching_rule", rule)
-        _override(operator, _rules.OperatorRule(operator, lambda: rule))
-        return rule
-
-    return register
+    return _decorator("register_batching_rule", op, lambda operator, rule: _rules.OperatorRule(operator, lambda: rule))
 
 
 def register_decomposition(op: Any) -> Callable[[FunctionT], FunctionT]:
@@ -101,14 +94,7 @@ def register_decomposition(op: Any) -> Callable[[FunctionT], FunctionT]:
         >>> vmap(cube)(torch.arange(4.0))
         tensor([ 0.,  1.,  8., 27.])
     """
-    operator = _resolve("register_decomposition", op)
-
-    def register(decomposition: FunctionT) -> FunctionT:
-        _checks.check_callable("register_decomposition", decomposition)
-        _override(operator, decomposition)
-        return decomposition
-
-    return register
+    return _decorator("register_decomposition", op, lambda _, decomposition: decomposition)
 
 
 def remove_rule(op: Any) -> None:
@@ -135,10 +121,19 @@ def remove_rule(op: Any) -> None:
     _update_fast_paths()
 
 
-def _override(op: OpOverload, kernel: Callable[..., Any]) -> None:
-    _rules.overrides[op.name()] = kernel
-    _rules.install(op.name(), _rules.kernel_of(op))
-    _update_fast_paths()
+def _decorator(
+    caller: str, op: Any, kernel_for: Callable[[OpOverload, Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[FunctionT], FunctionT]:
+    operator = _resolve(caller, op)
+
+    def register(function: FunctionT) -> FunctionT:
+        _checks.check_callable(caller, function)
+        _rules.overrides[operator.name()] = kernel_for(operator, function)
+        _rules.install(operator.name(), _rules.kernel_of(operator))
+        _update_fast_paths()
+        return function
+
+    return register
 
 
 def _update_fast_paths() -> None:

@@ -48,35 +48,19 @@ at::Tensor count_into(const c10::SymInt& n, const at::Tensor& index, const at::T
   return sum_into(n, index, counted.to(c10::kLong).unsqueeze(-1)).squeeze(-1);
 }
 
-// One call for each example. Padding and scaling by frequency are not part of the value but of its derivative, which an
-// enclosing transform takes from the operator itself, and the operator has one table and one frequency of indices.
-bool call_each(BatchCall& call, const c10::OperatorHandle& op) {
-  const auto batch_size = call.batch_size().guard_int(__FILE__, __LINE__);
-  if (batch_size == 0) return false;
-  std::vector<Stack> examples;
-  for (int64_t b = 0; b < batch_size; ++b) {
-    Stack example;
-    for (size_t i = 0; i < call.size(); ++i) {
-      example.push_back(call.is_batched(i) ? c10::IValue(call.to_front(i).select(0, b)) : call.arg(i));
-    }
-    op.callBoxed(&example);
-    examples.push_back(std::move(example));
-  }
-  Stack results;
-  for (size_t r = 0; r < examples[0].size(); ++r) {
-    std::vector<at::Tensor> tensors;
-    for (const auto& example : examples) tensors.push_back(example[r].toTensor());
-    results.emplace_back(at::stack(tensors));
-  }
-  call.take_results(std::move(results));
-  call.finish();
+// Padding and scaling by frequency are not part of the value but of its derivative, which an enclosing transform takes
+// from the operator itself, and the operator has one table and one frequency of indices. So it is called for each
+// example.
+bool call_each(BatchCall& call) {
+  if (call.batch_size() == 0) return false;
+  run_each_example(call);
   return true;
 }
 
 // weight[B?,n,d], index[B?,*] -> y[B,*,d]
 void embedding_rule(BatchCall& call) {
   const bool pads = call.is_batched(0) && call.arg("padding_idx").toSymInt() >= 0;
-  if ((pads || call.arg("scale_grad_by_freq").toBool()) && call_each(call, call.op())) return;
+  if ((pads || call.arg("scale_grad_by_freq").toBool()) && call_each(call)) return;
   const auto& index = call.to_front(1);
   const auto& w = call.to_front(0);
   if (!call.is_batched(0)) {
@@ -213,8 +197,7 @@ void refuse_sparse(BatchCall& call) {
 // weight[B?,n,d], indices[B?,K], offsets[B?,m], per_sample_weights[B?,K]
 //   -> y[B,m,d], offset2bag[B,K], bag_size[B,m], max_indices[B,m,d]
 void embedding_bag_rule(BatchCall& call) {
-  // The forward-only form has no derivative, which an enclosing transform may want.
-  if (call.arg("scale_grad_by_freq").toBool() && call_each(call, find_operator("_embedding_bag"))) return;
+  if (call.arg("scale_grad_by_freq").toBool() && call_each(call)) return;
   auto bags_count = last_logical_size(call, call.position("offsets"), 1);
   if (call.arg("include_last_offset").toBool()) bags_count = bags_count - 1;
   const Bags bags(call, bags_count);
@@ -237,10 +220,16 @@ void embedding_bag_rule(BatchCall& call) {
   call.finish();
 }
 
+// It has no derivative, which an enclosing transform may want.
+void embedding_bag_forward_only(const c10::OperatorHandle&, Stack& stack) {
+  static const auto with_derivative = find_operator("_embedding_bag");
+  with_derivative.callBoxed(&stack);
+}
+
 // grad[B?,m,d], indices[B?,K], .. -> grad_weight[B,n,d]
 void embedding_bag_backward_rule(BatchCall& call) {
   if (call.find("sparse")) refuse_sparse(call);
-  if (call.arg("scale_grad_by_freq").toBool() && call_each(call, call.op())) return;
+  if (call.arg("scale_grad_by_freq").toBool() && call_each(call)) return;
   const auto grad = call.expand_to_front(0);
   const Bags bags(call, grad.sym_size(1));
   const auto n = call.arg("num_weights").toSymInt();
@@ -275,7 +264,8 @@ void add_embedding_rules(RuleTable& rules) {
   rules.add(&embedding_dense_backward_rule, {"embedding_dense_backward"});
   rules.add(&embedding_renorm_rule, {"embedding_renorm", "embedding_renorm_"});
   rules.add(&one_hot_rule, {"one_hot"});
-  rules.add(&embedding_bag_rule, {"_embedding_bag", "_embedding_bag_forward_only"});
+  rules.add(&embedding_bag_rule, {"_embedding_bag"});
+  rules.add(&embedding_bag_forward_only, {"_embedding_bag_forward_only"});
   rules.add(&embedding_bag_backward_rule, {"_embedding_bag_backward", "_embedding_bag_dense_backward"});
   rules.add(&embedding_bag_scales_backward_rule, {"_embedding_bag_per_sample_weights_backward"});
 }

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
+from tests.support.checks import check_against_loop
 from tests.support.oracles import loop_vmap
 
 AGREEING = torch.tensor([[0, 3, 0, 2], [1, 0, 2, 0], [0, 0, 4, 1]])
 DIFFERING = torch.tensor([[0, 3, 0, 2], [1, 0, 0, 0], [1, 1, 1, 1]])
 VALUES = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
-
-
-@pytest.fixture(autouse=True)
-def _no_loop_fallback():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoopFallbackWarning)
-        yield
-
-
-def check(f: Callable[..., object], in_dims: tuple[int | None, ...], *args: Tensor) -> None:
-    """The results of vmap are exactly those of the loop, alone and below another vmap."""
-    expected = loop_vmap(f, in_dims, args)
-    actual = vmap(lambda *xs: f(*xs), in_dims)(*args)
-    actual = list(actual) if isinstance(actual, (tuple, list)) else [actual]
-    for y, z in zip(actual, expected, strict=True):
-        assert y.dtype == z.dtype
-        assert torch.equal(y, z)
-    outer = vmap(lambda *xs: vmap(f, in_dims)(*xs))(*[torch.stack([x, x]) for x in args])
-    outer = list(outer) if isinstance(outer, (tuple, list)) else [outer]
-    for y, z in zip(outer, expected, strict=True):
-        assert torch.equal(y, torch.stack([z, z]))
 
 
 ONE = {
@@ -65,27 +43,29 @@ ONE = {
 @pytest.mark.parametrize("name", ONE)
 def test_examples_that_agree(name):
     x = AGREEING if name != "repeat_interleave" else torch.tensor([[1, 0, 4, 0], [2, 2, 1, 0], [0, 0, 0, 5]])
-    check(ONE[name], (0,), x)
-    check(ONE[name], (1,), x.T.contiguous())
-    check(ONE[name], (0,), x[:1])
+    check_against_loop(ONE[name], (0,), x)
+    check_against_loop(ONE[name], (1,), x.T.contiguous())
+    check_against_loop(ONE[name], (0,), x[:1])
 
 
 def test_scalars():
-    check(torch.nonzero, (0,), torch.ones(3))
-    check(torch.nonzero, (0,), torch.zeros(3))
-    check(lambda x: torch.nonzero_static(x, size=2), (0,), torch.tensor([0, 1, 2]))
-    check(lambda x: x.masked_select(x > 0), (0,), torch.ones(3))
+    check_against_loop(torch.nonzero, (0,), torch.ones(3))
+    check_against_loop(torch.nonzero, (0,), torch.zeros(3))
+    check_against_loop(lambda x: torch.nonzero_static(x, size=2), (0,), torch.tensor([0, 1, 2]))
+    check_against_loop(lambda x: x.masked_select(x > 0), (0,), torch.ones(3))
 
 
 def test_two_arguments():
     mask = AGREEING > 0
-    check(lambda x, m: x[m], (0, 0), VALUES, mask)
-    check(lambda x, m: x[m], (None, 0), VALUES[0], mask)
-    check(lambda x, m: x[m], (0, None), VALUES, mask[0])
-    check(lambda x, m: x.masked_select(m), (0, None), VALUES, mask[0])
-    check(lambda x, m: x.masked_select(m), (None, 1), VALUES[:, :1], mask.T)  # they broadcast
-    check(lambda x, r: x.repeat_interleave(r, output_size=5), (0, 0), VALUES, torch.tensor([[1, 0, 4, 0]] * 3))
-    check(
+    check_against_loop(lambda x, m: x[m], (0, 0), VALUES, mask)
+    check_against_loop(lambda x, m: x[m], (None, 0), VALUES[0], mask)
+    check_against_loop(lambda x, m: x[m], (0, None), VALUES, mask[0])
+    check_against_loop(lambda x, m: x.masked_select(m), (0, None), VALUES, mask[0])
+    check_against_loop(lambda x, m: x.masked_select(m), (None, 1), VALUES[:, :1], mask.T)  # they broadcast
+    check_against_loop(
+        lambda x, r: x.repeat_interleave(r, output_size=5), (0, 0), VALUES, torch.tensor([[1, 0, 4, 0]] * 3)
+    )
+    check_against_loop(
         lambda x, r: x.repeat_interleave(r.int()),
         (0, 0),
         VALUES,
@@ -95,21 +75,21 @@ def test_two_arguments():
 
 def test_bincount():
     x = torch.tensor([[0, 3, 1], [3, 3, 3], [2, 1, 3]])
-    check(torch.bincount, (0,), x)
-    check(lambda x: torch.bincount(x.to(torch.uint8), minlength=2), (0,), x)
-    check(lambda x: torch.bincount(x, minlength=6), (0,), torch.tensor([[0, 3, 1], [5, 2, 3]]))
+    check_against_loop(torch.bincount, (0,), x)
+    check_against_loop(lambda x: torch.bincount(x.to(torch.uint8), minlength=2), (0,), x)
+    check_against_loop(lambda x: torch.bincount(x, minlength=6), (0,), torch.tensor([[0, 3, 1], [5, 2, 3]]))
     for dtype in (torch.float32, torch.float64, torch.int64, torch.bfloat16):
         weights = torch.arange(9).reshape(3, 3).to(dtype)
-        check(lambda x, w: torch.bincount(x, w), (0, 0), x, weights)
-        check(lambda x, w: torch.bincount(x, w), (0, None), x, weights[0])
-        check(lambda x, w: torch.bincount(x, w), (None, 1), x[0], weights)
-    check(lambda x, w: torch.bincount(x, w, minlength=2), (0, 0), x[:, :0], torch.zeros(3, 0))
+        check_against_loop(lambda x, w: torch.bincount(x, w), (0, 0), x, weights)
+        check_against_loop(lambda x, w: torch.bincount(x, w), (0, None), x, weights[0])
+        check_against_loop(lambda x, w: torch.bincount(x, w), (None, 1), x[0], weights)
+    check_against_loop(lambda x, w: torch.bincount(x, w, minlength=2), (0, 0), x[:, :0], torch.zeros(3, 0))
 
 
 def test_splitting_at_a_tensor():
     x = torch.arange(18.0).reshape(3, 6)
-    check(lambda x, i: x.tensor_split(i), (0, 0), x, torch.tensor([[1, 4], [1, 4], [1, 4]]))
-    check(lambda x, i: x.tensor_split(i), (None, 0), x[0], torch.tensor([2, 2, 2]))
+    check_against_loop(lambda x, i: x.tensor_split(i), (0, 0), x, torch.tensor([[1, 4], [1, 4], [1, 4]]))
+    check_against_loop(lambda x, i: x.tensor_split(i), (None, 0), x[0], torch.tensor([2, 2, 2]))
     sums = lambda x, i: (x.tensor_split(i)[1] * 3).sum()
     assert torch.equal(
         vmap(grad(sums))(VALUES, torch.tensor([[1, 3]] * 3)), torch.tensor([[0.0, 3, 3, 0]] * 3).double()
@@ -206,8 +186,8 @@ RESIZED = {
 
 @pytest.mark.parametrize("name", RESIZED)
 def test_resize(name):
-    check(RESIZED[name], (0,), VALUES)
-    check(RESIZED[name], (1,), VALUES.T)
+    check_against_loop(RESIZED[name], (0,), VALUES)
+    check_against_loop(RESIZED[name], (1,), VALUES.T)
 
 
 def test_resize_to_the_shape_of_a_batched_tensor():

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
-from tests.support.oracles import loop_vmap, plain_vjp
+from functorch_lite import grad, jvp, vmap
+from tests.support.checks import check_against_loop
+from tests.support.oracles import plain_vjp
 
 B = 3
 X = torch.linspace(-2, 3, B * 60, dtype=torch.float64).reshape(B, 3, 4, 5)
 
 
-@pytest.fixture(autouse=True)
-def _no_loop_fallback():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoopFallbackWarning)
-        yield
-
-
-def check(f: Callable[..., object], in_dims: tuple[int | None, ...], *args: Tensor, nested: bool = True) -> None:
-    """The results of vmap are those of the loop, alone and below another vmap."""
-    expected = loop_vmap(f, in_dims, args)
-    actual = vmap(f, in_dims)(*args)
-    actual = list(actual) if isinstance(actual, (tuple, list)) else [actual]
-    for y, z in zip(actual, expected, strict=True):
-        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
-    if not nested:
-        return
-    outer = vmap(vmap(f, in_dims))(*[torch.stack([x, x]) for x in args])
-    outer = list(outer) if isinstance(outer, (tuple, list)) else [outer]
-    for y, z in zip(outer, expected, strict=True):
-        torch.testing.assert_close(y, torch.stack([z, z]), rtol=1e-12, atol=1e-12)
+check = partial(check_against_loop, tolerance=1e-12)
 
 
 def masks(count: int, *shape: int) -> Tensor:

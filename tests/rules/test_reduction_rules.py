@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from functorch_lite import LoopFallbackWarning, vmap
+from functorch_lite import vmap
+from tests.support.checks import check_against_loop
 from tests.support.oracles import loop_vmap
 
 X = torch.tensor([[0.5, 1, 2, 3, 3.5, -1], [7, 7.25, 8, 9, 8.5, 11], [2, 2, 2, 2, 2, 2]])
 
 
-@pytest.fixture(autouse=True)
-def _no_loop_fallback():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoopFallbackWarning)
-        yield
-
-
-def check(f: Callable[..., object], in_dims: tuple[int | None, ...], *args: Tensor) -> None:
-    """The results of vmap are exactly those of the loop, alone and below another vmap."""
-    expected = loop_vmap(f, in_dims, args)
-    actual = vmap(f, in_dims)(*args)
-    outer = vmap(vmap(f, in_dims))(*[torch.stack([x, x]) for x in args])
-    for results, wanted in ((actual, expected), (outer, [torch.stack([z, z]) for z in expected])):
-        leaves = torch.utils._pytree.tree_leaves(results)
-        for y, z in zip(leaves, wanted, strict=True):
-            assert y.dtype == z.dtype
-            torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
+check = partial(check_against_loop, equal_nan=True)
 
 
 HISTOGRAMS = {

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from functorch_lite import LoopFallbackWarning, grad, jvp, vmap
+from functorch_lite import grad, jvp, vmap
 from tests.support import ops
 from tests.support.oracles import loop_vmap
 
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _no_loop_fallback() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoopFallbackWarning)
-        yield
 
 
 def rand(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
