@@ -410,6 +410,16 @@ def test_messages_name_the_captured_tensor(xs):
     assert buffer.tolist() == [0, 0, 0]
 
 
+def test_message_beside_tensors_without_a_storage(xs):
+    def func(x):
+        sparse, buffer = torch.eye(3).to_sparse(), captured
+        return buffer.add_(x), sparse
+
+    captured = torch.zeros(3, dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"writes batched values into `buffer`"):
+        vmap(func)(xs)
+
+
 def test_data_of_a_tensor_with_views(xs):
     def func(x):
         y = torch.zeros(3, dtype=DOUBLE).clone()
