@@ -12,7 +12,6 @@
 #include "fallback.h"
 
 namespace functorch_lite {
-
 namespace {
 
 // The arguments that take part in type promotion.
@@ -311,6 +310,13 @@ bool any_batched(const c10::IValue* values, size_t n) {
     any |= wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
   });
   return any;
+}
+
+void copy_uncounted(const at::Tensor& target, const at::Tensor& value) {
+  auto counter = target.unsafeGetTensorImpl()->version_counter();
+  const auto version = counter.enabled() ? counter.current_version() : 0;
+  target.copy_(value);
+  if (counter.enabled()) counter.set_version(version);
 }
 
 int64_t shift_dim(int64_t dim, int64_t rank) { return c10::maybe_wrap_dim(dim, rank, /*wrap_scalar=*/true) + 1; }

@@ -44,6 +44,9 @@ void promote_as_seen(BatchCall& call);
 // Whether any tensor of values[0..n) is batched at the current level: for compositions, which see wrappers.
 bool any_batched(const c10::IValue* values, size_t n);
 
+// target.copy_(value) that autograd does not count as a write, as where a kernel writes beside its results.
+void copy_uncounted(const at::Tensor& target, const at::Tensor& value);
+
 // dim as user code counts it, in a tensor of logical rank `rank` -> in x[B,*].
 int64_t shift_dim(int64_t dim, int64_t rank);
 // x[..,a,b,..] -> x[..,a*b,..], merging dimension `dim` with the one behind it.

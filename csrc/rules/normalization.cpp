@@ -52,14 +52,6 @@ at::Tensor optional_tensor(BatchCall& call, std::string_view name) {
 
 bool is_batched(BatchCall& call, std::string_view name) { return call.is_batched(call.position(name)); }
 
-// As the kernels do it: autograd saves the statistics before, and does not mind that training changes them.
-void write_uncounted(const at::Tensor& statistics, const at::Tensor& updated) {
-  auto counter = statistics.unsafeGetTensorImpl()->version_counter();
-  const auto version = counter.enabled() ? static_cast<int64_t>(counter.current_version()) : 0;
-  statistics.copy_(updated);
-  if (counter.enabled()) counter.set_version(version);
-}
-
 // x[B?,N,c,*], weight[B?,c], bias[B?,c], running[B?,c] -> y[B,N,c,*], mean[B,c], invstd[B,c]. All of it is one batch
 // norm of B*c channels, unless only weight and bias are batched. The eight arguments of all forms are alike.
 void batch_norm_rule(BatchCall& call) {
@@ -114,8 +106,9 @@ void batch_norm_rule(BatchCall& call) {
               eps};
   native.callBoxed(&stack);
   if (training && mean.isTensor()) {
-    write_uncounted(call.tensor(call.position("running_mean")), unfold_parameter(mean.toTensor(), call.batch_size()));
-    write_uncounted(call.tensor(call.position("running_var")), unfold_parameter(var.toTensor(), call.batch_size()));
+    // Autograd saves the statistics before, and does not mind that training changes them.
+    copy_uncounted(call.tensor(call.position("running_mean")), unfold_parameter(mean.toTensor(), call.batch_size()));
+    copy_uncounted(call.tensor(call.position("running_var")), unfold_parameter(var.toTensor(), call.batch_size()));
   }
   call.set_results(unfold_batch(stack[0].toTensor(), 1, call.batch_size()),
                    unfold_parameter(stack[1].toTensor(), call.batch_size()),
@@ -138,8 +131,7 @@ void batch_norm(const c10::OperatorHandle& op, Stack& stack) {
     return is_given(name) ? wrapper_at(argument(name).toTensor(), &level) : nullptr;
   };
   const auto has_batch = [&](std::string_view name) {
-    const auto* wrapper = wrapper_of(name);
-    return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
+    return any_batched(arguments + position_of(op.schema(), name), 1);
   };
   const bool writes = argument("training").toBool() && is_given("running_mean") && is_given("running_var");
   const bool batched = has_batch("input") || has_batch("running_mean") || has_batch("running_var");

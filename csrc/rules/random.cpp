@@ -274,13 +274,16 @@ at::Tensor keep_mask(BatchCall& call, double probability, c10::ScalarType dtype)
   return different(call) ? part_of(call, mask) : mask;
 }
 
-// x[B?,*], p -> y[B,*], multiplied as PyTorch does, so that the results agree to the last bit
-void dropout_rule(BatchCall& call) {
-  const auto p = call.arg("p").toDouble();
+// x[B?,*], p -> y[B,*], multiplied as PyTorch does, so that the results agree to the last bit. Where nothing is dropped
+// it is x itself, which may be written into.
+void dropout(const c10::OperatorHandle& op, Stack& stack) {
+  const auto p = torch::jit::peek(stack, 1, 3).toDouble();
+  const bool train = torch::jit::peek(stack, 2, 3).toBool();
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout: p is a probability, got ", p);
-  const bool drops = call.arg("train").toBool() && p > 0;
-  if (!drops || p == 1) {
-    call.set_results(drops ? call.tensor(0) * 0 : at::Tensor(call.tensor(0)));
+  if (!train || p == 0) return torch::jit::drop(stack, 2);
+  BatchCall call(op, stack);
+  if (p == 1) {
+    call.set_results(call.tensor(0) * 0);
     return call.finish(call.bdim(0));
   }
   check_allowed(call);
@@ -358,19 +361,6 @@ c10::OperatorHandle out_of_place(const c10::OperatorName& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), name.overload_name.c_str());
 }
 
-// Autograd saves the noise of rrelu before it is written, so that write does not count.
-void copy_uncounted(const at::Tensor& target, const at::Tensor& value) {
-  auto counter = target.unsafeGetTensorImpl()->version_counter();
-  const auto version = counter.enabled() ? counter.current_version() : 0;
-  target.copy_(value);
-  if (counter.enabled()) counter.set_version(version);
-}
-
-bool is_batched_at(const at::Tensor& x, const Level& level) {
-  const auto* wrapper = wrapper_at(x, &level);
-  return wrapper != nullptr && wrapper->bdim() != kNoBatchDim;
-}
-
 // x, where only its shape counts -> x, filled with random numbers. Draws out of place, so that the numbers do not
 // depend on the layout, and copies the last of the results into the arguments that are written.
 void random_fill(const c10::OperatorHandle& op, Stack& stack) {
@@ -388,15 +378,15 @@ void random_fill(const c10::OperatorHandle& op, Stack& stack) {
   out_of_place(op.operator_name()).callBoxed(&results);
   for (size_t k = 0; k < written.size(); ++k) {
     const auto& target = arguments[written[k]].toTensor();
-    const auto& value = results[results.size() - written.size() + k].toTensor();
-    TORCH_CHECK_VALUE(is_batched_at(target, level) || !is_batched_at(value, level), "vmap: ", op.operator_name(),
+    const auto& value = results[results.size() - written.size() + k];
+    TORCH_CHECK_VALUE(any_batched(&arguments[written[k]], 1) || !any_batched(&value, 1), "vmap: ", op.operator_name(),
                       " would write other random numbers for each example into a tensor from outside the mapped ",
                       "function (shape ", target.sym_sizes(), "): every example needs its own copy. Make the tensor ",
                       "inside, for example with torch.empty_like(x).");
     if (schema.arguments()[written[k]].name() == "noise") {
-      copy_uncounted(target, value);
+      copy_uncounted(target, value.toTensor());  // autograd saves it before
     } else {
-      target.copy_(value);
+      target.copy_(value.toTensor());
     }
   }
   for (size_t r = 0; r < schema.returns().size(); ++r) {
@@ -423,7 +413,7 @@ void add_random_rules(RuleTable& rules) {
   rules.add(&normal_rule, {"normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor"});
   rules.add(&multinomial_rule, {"multinomial"});
   rules.add(&sampler_rule, {"poisson", "_standard_gamma", "binomial", "_sample_dirichlet"});
-  rules.add(&dropout_rule, {"dropout"});
+  rules.add(&dropout, {"dropout"});
   rules.add(&native_dropout_rule, {"native_dropout"});
   rules.add(&fused_dropout_rule, {"_fused_dropout"});
   rules.add(&rrelu_rule, {"rrelu_with_noise_functional"});

@@ -410,6 +410,22 @@ def test_messages_name_the_captured_tensor(xs):
     assert buffer.tolist() == [0, 0, 0]
 
 
+def test_operators_that_return_their_argument(xs, captured):
+    def func(x):
+        y = torch.zeros(3, dtype=DOUBLE)
+        for dropped in (
+            torch.dropout(y, 0.5, False),
+            torch.dropout(y, 0.0, True),
+            torch.feature_dropout(y, 0.5, False),
+        ):
+            dropped += x
+        return y
+
+    check(func, (0,), xs)
+    with pytest.raises(ValueError, match=r"writes batched values into `captured`"):
+        vmap(lambda x: torch.dropout(captured, 0.5, False).add_(x))(xs)
+
+
 def test_message_beside_tensors_without_a_storage(xs):
     def func(x):
         sparse, buffer = torch.eye(3).to_sparse(), captured
