@@ -6,6 +6,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include "op_args.h"
 #include "plain_compositions.h"
 #include "symbolic_zero.h"
+#include "transposition.h"
 #include "written_arguments.h"
 
 namespace functorch_lite {
@@ -158,6 +160,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   const bool tracks_views =
       aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
+  if (is_forward() && !aliasing.any) return push_forward(*this, op, keys, stack);
   op.redispatchBoxed(keys, &stack);
 }
 
@@ -226,6 +229,58 @@ at::Tensor AutodiffLevel::tangent_of(const at::Tensor& dual) {
 at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {
   auto* wrapper = wrapper_at(tensor, this);
   return wrapper != nullptr ? wrapper->value() : tensor;
+}
+
+namespace {
+
+// Whether code outside the level could differentiate through this tensor.
+bool seen_by_outer_derivative(const at::Tensor& tensor, const AutogradModes& modes) {
+  if (!tensor.defined()) return false;
+  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
+  const auto* wrapper = as_wrapper(tensor);
+  return wrapper != nullptr && !wrapper->is_symbolic_zero() && seen_by_outer_derivative(wrapper->value(), modes);
+}
+
+// Levels belong to a thread, so a backward pass stays in the one that asked for it.
+class OneThread {
+ public:
+  OneThread() : before_(state().get_multithreading_enabled()) { state().set_multithreading_enabled(false); }
+  ~OneThread() { state().set_multithreading_enabled(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  static c10::AutogradState& state() { return c10::AutogradState::get_tls_state(); }
+  bool before_;
+};
+
+}  // namespace
+
+std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& outputs,
+                                                const std::vector<at::Tensor>& cotangents,
+                                                const std::vector<at::Tensor>& inputs, bool keep_graph) {
+  torch::autograd::variable_list roots;
+  torch::autograd::variable_list root_cotangents;
+  const auto modes = AutogradModes::current();
+  bool seen_outside = false;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i].requires_grad() || wrapper_at(outputs[i], this) == nullptr) continue;
+    const auto& value = as_wrapper(outputs[i])->value();
+    roots.push_back(outputs[i]);
+    // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
+    root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
+                                                           : at::add(cotangents[i], at::zeros_like(value)));
+    seen_outside |= seen_by_outer_derivative(value, modes);
+    seen_outside |= seen_by_outer_derivative(cotangents[i], modes);
+  }
+  if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
+  const OneThread one_thread;
+  Suspended suspended(LevelPtr::unsafe_reclaim_from_nonowning(this));
+  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                         /*allow_unused=*/true);
+  // A custom formula may hand out what it kept from the forward pass.
+  for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
+  return gradients;
 }
 
 namespace {

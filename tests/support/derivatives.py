@@ -33,6 +33,8 @@ Function = Callable[..., list[Tensor]]
 
 #: Relative to the sum of the absolute values of the products.
 TOLERANCE = 1e-7
+#: Of operators that round to few digits.
+COARSE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.complex32: 4e-3, torch.float32: 1e-4, torch.complex64: 1e-4}
 TOLERANCE_OF_DIFFERENCES = 3e-5
 STEP = 1e-4
 BATCH = 2
@@ -92,9 +94,9 @@ def _jvp_jvp(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]
     return _push(T, lambda *xu: _push(T, f, xu[: len(x)], xu[len(x) :]), [*x, *v.u], [*v.t, *v.w])
 
 
-def _jacobian(name: str) -> Callable[..., list[Tensor]]:
+def _jacobian(name: str, **options: str) -> Callable[..., list[Tensor]]:
     def derivative(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
-        blocks = getattr(T, name)(f, argnums=tuple(range(len(x))))(*x)
+        blocks = getattr(T, name)(f, argnums=tuple(range(len(x))), **options)(*x)
         return [
             torch.tensordot(block, u, u.dim()) if u.dim() else block * u
             for row in blocks
@@ -106,7 +108,10 @@ def _jacobian(name: str) -> Callable[..., list[Tensor]]:
 
 def _hessian(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
     scalar = lambda *x: sum((y * c).sum() for y, c in zip(f(*x), v.c, strict=True))
-    blocks = T.hessian(scalar, argnums=tuple(range(len(x))))(*x)
+    argnums = tuple(range(len(x)))
+    # torch.func.hessian takes no randomness.
+    hessian = fl.hessian(scalar, argnums, randomness="same") if T is fl else T.hessian(scalar, argnums)
+    blocks = hessian(*x)
     return [
         torch.tensordot(block, t, t.dim()) if t.dim() else block * t
         for row in blocks
@@ -145,7 +150,7 @@ _MAPPED = {
 }
 _JACOBIANS = {
     "jacrev": Form(_jacobian("jacrev"), lambda v: [c for c in v.c for _ in v.u], is_jacobian=True),
-    "jacfwd": Form(_jacobian("jacfwd"), lambda v: [c for c in v.c for _ in v.u], is_jacobian=True),
+    "jacfwd": Form(_jacobian("jacfwd", randomness="same"), lambda v: [c for c in v.c for _ in v.u], is_jacobian=True),
     "hessian": Form(_hessian, lambda v: [u for u in v.u for _ in v.t], "t", is_jacobian=True),
 }
 FORMS = _FIRST | _SECOND | _MAPPED | _JACOBIANS
@@ -162,6 +167,7 @@ class Plain:
 
     def __init__(self, f: Function, x: Tensors, v: Vectors) -> None:
         self.f, self.x, self.v = f, x, v
+        self.tolerance = max([TOLERANCE, *(COARSE.get(y.dtype, 0.0) for y in [*x, *v.c])])
 
     def _backward(self, x: Tensors, c: Tensors, create_graph: bool = False) -> list[Tensor]:
         outputs = self.f(*x)
@@ -235,14 +241,14 @@ class Judge:
 
     def _references(self, moving: str) -> Iterator[tuple[float, float]]:
         if not moving:
-            yield self._cached("first", lambda: self.plain.first()), TOLERANCE
+            yield self._cached("first", lambda: self.plain.first()), self.plain.tolerance
             return
         exact = self._cached("double " + moving, lambda: self.plain.double_backward(moving))
         if exact is not None:
-            yield exact, TOLERANCE
+            yield exact, self.plain.tolerance
         differences = self._cached("differences " + moving, lambda: self.plain.differences(moving))
         if differences is not None:
-            yield differences, TOLERANCE_OF_DIFFERENCES
+            yield differences, max(self.plain.tolerance, TOLERANCE_OF_DIFFERENCES)
 
     def _cached(self, key: str, compute: Callable[[], float]) -> float | None:
         if key not in self.known:
@@ -293,7 +299,7 @@ def check(case: Differentiable, form: Form, sides: dict[str, ModuleType], judges
     examples = [x] * batch
     if form.mapped and not share:
         stacked = [ops.batch(a, 0, batch, mildly=True) for a in x]
-        examples = [[a[i] for a in stacked] for i in range(batch)]
+        examples = [[a[i].clone() for a in stacked] for i in range(batch)]
     outputs = case.func(*x)
     vectors = [Vectors.like(x, outputs) for _ in range(batch)]
     verdicts = {}
