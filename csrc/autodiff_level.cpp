@@ -153,7 +153,7 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
       return foreign ? wrap(tensor, *this) : tensor;
     });
   }
-  if (const auto rule = find_derivative_rule(op, *this)) return rule(*this, stack);
+  if (const auto rule = find_derivative_rule(op, *this, stack)) return rule(*this, op, stack);
   // Only operators that make views have something to do here; on others the key would lead to a fallthrough, which a
   // redispatch must not name. A write is counted where it happens, below: all levels share one version counter, and
   // counting again would make what an outer level has just saved look modified.

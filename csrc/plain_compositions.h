@@ -32,6 +32,9 @@ constexpr auto kNoNestedTensors =
 // _fused_sdp_choice: always the plain form.
 void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack);
 
+// int64[n] on the CPU.
+at::Tensor tensor_of(const std::vector<int64_t>& numbers);
+
 // The boxed arguments of a composition, by name.
 class NamedArguments {
  public:

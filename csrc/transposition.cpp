@@ -17,17 +17,6 @@ namespace {
 
 using at::Tensor;
 
-class Open {
- public:
-  explicit Open(AutodiffLevel& level) : level_(level) { level_.open(); }
-  ~Open() { level_.close(); }
-  Open(const Open&) = delete;
-  Open& operator=(const Open&) = delete;
-
- private:
-  AutodiffLevel& level_;
-};
-
 c10::intrusive_ptr<AutodiffLevel> reverse_level() {
   return c10::make_intrusive<AutodiffLevel>(AutodiffLevel::Mode::kReverse);
 }
@@ -39,7 +28,7 @@ std::vector<Tensor> transpose_twice(AutodiffLevel& level, const std::vector<Tens
   std::vector<Tensor> cotangents;
   std::vector<Tensor> pulled;
   {
-    const Open recording(*transposed);
+    const OpenLevel recording(*transposed);
     for (const auto& y : outputs) {
       cotangents.push_back(transposed->lift_variable(at::zeros_like(level.value_of(y))));
     }
@@ -53,43 +42,6 @@ std::vector<Tensor> transpose_twice(AutodiffLevel& level, const std::vector<Tens
     directions.push_back(tangents[i]);
   }
   return transposed->backward(roots, directions, cotangents, /*keep_graph=*/false);
-}
-
-// Takes the arguments of the operator off the stack and leaves its results, with tangents.
-void push_forward_by_transposing(AutodiffLevel& level, const c10::OperatorHandle& op, Stack& stack) {
-  const auto n = count_arguments(op);
-  const auto count = op.schema().returns().size();
-  auto* arguments = stack.data() + stack.size() - n;
-  const auto reverse = reverse_level();
-  std::vector<Tensor> inputs;
-  std::vector<Tensor> tangents;
-  std::vector<Tensor> outputs;
-  std::vector<Tensor> tangents_out;
-  {
-    const RunBelow below(level);
-    {
-      const Open recording(*reverse);
-      replace_tensors(arguments, n, [&](const Tensor& x) {
-        const auto tangent = level.tangent_of(x);
-        if (!tangent.defined()) return level.value_of(x);
-        inputs.push_back(reverse->lift_variable(level.value_of(x)));
-        tangents.push_back(tangent);
-        return inputs.back();
-      });
-      op.callBoxed(&stack);
-    }
-    for_each_tensor(stack.data() + stack.size() - count, count, [&](const Tensor& y) {
-      if (y.requires_grad() && wrapper_at(y, reverse.get()) != nullptr) outputs.push_back(y);
-    });
-    tangents_out = transpose_twice(*reverse, outputs, inputs, tangents);
-  }
-  size_t next = 0;
-  replace_tensors(stack.data() + stack.size() - count, count, [&](const Tensor& y) {
-    auto result = wrap(reverse->value_of(y), level);
-    if (next == outputs.size() || !outputs[next].is_same(y)) return result;
-    const auto& tangent = tangents_out[next++];
-    return tangent.defined() ? level.with_tangent(result, wrap(tangent, level)) : result;
-  });
 }
 
 // Whether PyTorch has a forward mode of an operator. It says so only when it has run the operator.
@@ -116,6 +68,42 @@ bool says_no_forward_mode(const std::exception& error) {
 }
 
 }  // namespace
+
+void push_forward_by_transposing(AutodiffLevel& level, const c10::OperatorHandle& op, Stack& stack) {
+  const auto n = count_arguments(op);
+  const auto count = op.schema().returns().size();
+  auto* arguments = stack.data() + stack.size() - n;
+  const auto reverse = reverse_level();
+  std::vector<Tensor> inputs;
+  std::vector<Tensor> tangents;
+  std::vector<Tensor> outputs;
+  std::vector<Tensor> tangents_out;
+  {
+    const RunBelow below(level);
+    {
+      const OpenLevel recording(*reverse);
+      replace_tensors(arguments, n, [&](const Tensor& x) {
+        const auto tangent = level.tangent_of(x);
+        if (!tangent.defined()) return level.value_of(x);
+        inputs.push_back(reverse->lift_variable(level.value_of(x)));
+        tangents.push_back(tangent);
+        return inputs.back();
+      });
+      op.callBoxed(&stack);
+    }
+    for_each_tensor(stack.data() + stack.size() - count, count, [&](const Tensor& y) {
+      if (y.requires_grad() && wrapper_at(y, reverse.get()) != nullptr) outputs.push_back(y);
+    });
+    tangents_out = transpose_twice(*reverse, outputs, inputs, tangents);
+  }
+  size_t next = 0;
+  replace_tensors(stack.data() + stack.size() - count, count, [&](const Tensor& y) {
+    auto result = wrap(reverse->value_of(y), level);
+    if (next == outputs.size() || !outputs[next].is_same(y)) return result;
+    const auto& tangent = tangents_out[next++];
+    return tangent.defined() ? level.with_tangent(result, wrap(tangent, level)) : result;
+  });
+}
 
 void push_forward(AutodiffLevel& level, const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack& stack) {
   const auto has_formula = forward_modes.has(op);
