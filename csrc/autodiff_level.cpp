@@ -3,8 +3,12 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/_conj.h>
+#include <ATen/ops/_neg_view.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/alias.h>
+#include <ATen/ops/conj_physical.h>
+#include <ATen/ops/neg.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -203,13 +207,27 @@ at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
   return result;
 }
 
+namespace {
+
+// The tangent with the conjugate and negative bits of the primal, which PyTorch expects of views.
+at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
+  tangent = tangent.resolve_conj().resolve_neg();
+  if (primal.is_conj()) tangent = at::_conj(at::conj_physical(tangent));
+  return primal.is_neg() ? at::_neg_view(at::neg(tangent)) : tangent;
+}
+
+}  // namespace
+
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
   auto result = wrap(primal, *this);
   auto direction = tangent;
-  if (as_wrapper(primal) != nullptr) {
-    // In-place operators write into tangents, which must then be batched wherever their primals are.
+  {
     RunBelow below(*this);
-    direction = at::add(tangent, at::zeros_like(primal));
+    // In-place operators write into tangents, which must then be batched wherever their primals are.
+    if (as_wrapper(primal) != nullptr) direction = at::add(tangent, at::zeros_like(primal));
+    if (primal.is_conj() || primal.is_neg() || tangent.is_conj() || tangent.is_neg()) {
+      direction = in_form_of(primal, direction);
+    }
   }
   // Wrapped too, for it may have a tangent of its own one level down.
   return with_tangent(result, wrap(direction, *this));

@@ -4,9 +4,12 @@
 // That of det is wrong from the third derivative on where tensors are wrappers.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_linalg_det.h>
+#include <ATen/ops/_linalg_eigh.h>
 #include <ATen/ops/_linalg_slogdet.h>
 #include <ATen/ops/_linalg_solve_ex.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/linalg_eig.h>
 #include <ATen/ops/linalg_lu_factor.h>
 #include <ATen/ops/linalg_solve.h>
 #include <ATen/ops/linalg_solve_triangular.h>
@@ -94,6 +97,44 @@ void triangular_solve(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, x, a.clone());
 }
 
+// M, with V M = dA V for eigenvectors V of A, and M[i,j] / (l[j] - l[i]) off the diagonal: what to mix into eigenvector
+// j of eigenvector i. PyTorch's formula divides by infinity on the diagonal, which has no derivative.
+struct Mixing {
+  Tensor in_eigenvectors;
+  Tensor coefficients;
+  Mixing(Tensor m, const Tensor& eigenvalues) : in_eigenvectors(std::move(m)) {
+    const auto same = at::eye_symint(eigenvalues.sym_size(-1), eigenvalues.options().dtype(c10::kBool));
+    const auto gap = (eigenvalues.unsqueeze(-2) - eigenvalues.unsqueeze(-1)).masked_fill(same, 1);
+    coefficients = (in_eigenvectors / gap).masked_fill(same, 0);
+  }
+  Tensor eigenvalue_tangent() const { return in_eigenvectors.diagonal(0, -2, -1); }
+};
+
+// Hermitian A -> real l[*,n], V[*,n,n]
+void eigh(AutodiffLevel& level, const Operator&, Stack& stack) {
+  CallArguments arguments(stack, 3);
+  const Dual a(level, arguments.tensor());
+  const auto uplo = arguments.next().toStringView();
+  arguments.next();  // whether V is wanted: the tangent of l needs it
+  const auto [l, v] = at::_linalg_eigh(a.primal, uplo, /*compute_v=*/true);
+  const Mixing mixing(at::matmul(v.mH(), at::matmul(a.tangent, v)), l);
+  const auto dl = mixing.eigenvalue_tangent();
+  torch::jit::push(stack, level.with_tangent(l, dl.is_complex() ? at::real(dl).clone() : dl.clone()),
+                   level.with_tangent(v, at::matmul(v, mixing.coefficients)));
+}
+
+// A -> complex l[*,n], V[*,n,n] with columns of length one
+void eig(AutodiffLevel& level, const Operator&, Stack& stack) {
+  CallArguments arguments(stack, 1);
+  const Dual a(level, arguments.tensor());
+  const auto [l, v] = at::linalg_eig(a.primal);
+  const Mixing mixing(at::linalg_solve(v, at::matmul(a.tangent.to(v.scalar_type()), v)), l);
+  const auto dv = at::matmul(v, mixing.coefficients);
+  const auto growth = at::real((v.conj() * dv).sum(-2, /*keepdim=*/true));
+  torch::jit::push(stack, level.with_tangent(l, mixing.eigenvalue_tangent().clone()),
+                   level.with_tangent(v, dv - v * growth));
+}
+
 }  // namespace
 
 const std::vector<DerivativeRow>& linalg_derivatives() {
@@ -101,6 +142,8 @@ const std::vector<DerivativeRow>& linalg_derivatives() {
       only_forward("_linalg_solve_ex", solve),
       {"_linalg_det", det, det_by_lu, 2},
       {"_linalg_slogdet", slogdet, slogdet_by_lu, 2},
+      only_forward("_linalg_eigh", eigh),
+      only_forward("linalg_eig", eig),
       nested("triangular_solve", triangular_solve),
       only_forward("linalg_householder_product", push_forward_by_transposing),
   };
