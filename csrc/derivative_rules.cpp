@@ -41,10 +41,21 @@ DerivativeRule find_derivative_rule(const Operator& op, const AutodiffLevel& lev
   const auto found = table.find(op);
   if (found == table.end()) return nullptr;
   const auto& row = found->second;
-  if (row.applies != nullptr && !row.applies(stack)) return nullptr;
+  if (row.applies != nullptr && !row.applies(op, stack)) return nullptr;
   if (level.is_forward()) return row.forward;
   const bool needed = row.reverse_from == 0 || derivatives_outside(level, op, stack) >= row.reverse_from;
   return needed ? row.reverse : nullptr;
+}
+
+void write_functional_result(AutodiffLevel&, const Operator& op, Stack& stack) {
+  auto name = op.operator_name();
+  name.name.pop_back();  // the underscore
+  auto& first = stack[stack.size() - count_arguments(op)];
+  const auto target = first.toTensor();
+  first = target.clone();  // what autograd saves must not be what is written
+  c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str()).callBoxed(&stack);
+  target.copy_(torch::jit::pop(stack).toTensor());
+  torch::jit::push(stack, target);
 }
 
 Dual::Dual(AutodiffLevel& level, const at::Tensor& x) : primal(wrap(level.value_of(x), level)) {

@@ -28,7 +28,7 @@ struct DerivativeRow {
   // How many derivatives are taken outside when reverse mode first needs the rule.
   int reverse_from;
   // Whether a call needs the rule, if not all do.
-  bool (*applies)(const Stack& stack) = nullptr;
+  bool (*applies)(const Operator& op, const Stack& stack) = nullptr;
 };
 
 // PyTorch's formula in forward mode is missing, wrong, or wrong one derivative later.
@@ -37,6 +37,9 @@ inline DerivativeRow only_forward(const char* op, DerivativeRule rule) { return 
 inline DerivativeRow nested(const char* op, DerivativeRule rule) { return {op, rule, rule, 1}; }
 // PyTorch has no right formula at all: operators of backward passes, mostly.
 inline DerivativeRow always(const char* op, DerivativeRule rule) { return {op, rule, rule, 0}; }
+
+// For an operator that writes its result into its first argument: by the form that returns it.
+void write_functional_result(AutodiffLevel& level, const Operator& op, Stack& stack);
 
 // The rows of each file in derivatives/.
 const std::vector<DerivativeRow>& norm_derivatives();

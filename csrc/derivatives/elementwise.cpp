@@ -34,6 +34,17 @@ void log_softmax_backward(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, (grad - y.exp() * grad.sum(dim, /*keepdim=*/true)).to(dtype));
 }
 
+// Where the mask leaves entries out, y is zero, and so is their cotangent.
+void masked_softmax_backward(AutodiffLevel&, const Operator&, Stack& stack) {
+  CallArguments arguments(stack, 4);
+  const auto grad = arguments.tensor();
+  const auto y = arguments.tensor();
+  arguments.next();  // the mask
+  const auto& dim = arguments.next();
+  const auto product = grad * y;
+  torch::jit::push(stack, product - y * product.sum(dim.isNone() ? -1 : dim.toInt(), /*keepdim=*/true));
+}
+
 // The tangent of y = softmax(x): PyTorch's own goes through log-sum-exp, which at minus infinity has no derivative.
 Tensor softmax_tangent(const Tensor& y, const Tensor& t, int64_t dim) {
   const auto product = y * t;
@@ -89,7 +100,7 @@ void hardsigmoid_backward(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, grad * (x > -3).logical_and(x < 3).to(grad.scalar_type()) / 6);
 }
 
-bool is_complex(const Stack& stack) { return stack[stack.size() - 2].toTensor().is_complex(); }
+bool is_complex(const Operator&, const Stack& stack) { return stack[stack.size() - 2].toTensor().is_complex(); }
 
 }  // namespace
 
@@ -103,6 +114,11 @@ const std::vector<DerivativeRow>& elementwise_derivatives() {
       nested("glu", glu),
       only_forward("glu_backward", glu_backward),
       always("hardsigmoid_backward", hardsigmoid_backward),
+      always("acosh_", write_functional_result),
+      always("asinh_", write_functional_result),
+      always("atanh_", write_functional_result),
+      only_forward("rrelu_with_noise_", write_functional_result),
+      always("_masked_softmax_backward", masked_softmax_backward),
       {"logcumsumexp", push_forward_by_transposing, nullptr, 0, is_complex},
   };
   return rows;

@@ -31,7 +31,19 @@ void as_strided_scatter(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, y);
 }
 
-bool reduces_by_product(const Stack& stack) { return stack[stack.size() - 2].toStringRef() == "prod"; }
+bool reduces_by_product(const Operator&, const Stack& stack) { return stack[stack.size() - 2].toStringRef() == "prod"; }
+
+// Operators on (x, src, ...) that put src into a copy of x: PyTorch's derivative by a real src in a complex x is
+// complex.
+bool has_real_source(const Operator& op, const Stack& stack) {
+  const auto* arguments = stack.data() + stack.size() - count_arguments(op);
+  return arguments[0].toTensor().is_complex() && !arguments[1].toTensor().is_complex();
+}
+void with_converted_source(AutodiffLevel&, const Operator& op, Stack& stack) {
+  auto* arguments = stack.data() + stack.size() - count_arguments(op);
+  arguments[1] = arguments[1].toTensor().to(arguments[0].toTensor().scalar_type());
+  op.callBoxed(&stack);
+}
 
 // The bag of each of indices[K]. PyTorch leaves it out where its kernels do not need it.
 Tensor bags_of(const Tensor& indices, const Tensor& offsets, const Tensor& known) {
@@ -129,7 +141,12 @@ void segment_reduce_backward(AutodiffLevel&, const Operator&, Stack& stack) {
 const std::vector<DerivativeRow>& indexing_derivatives() {
   static const std::vector<DerivativeRow> rows{
       always("as_strided_scatter", as_strided_scatter),
+      {"diagonal_scatter", with_converted_source, with_converted_source, 0, has_real_source},
+      {"select_scatter", with_converted_source, with_converted_source, 0, has_real_source},
+      {"slice_scatter", with_converted_source, with_converted_source, 0, has_real_source},
       {"scatter_reduce.two", push_forward_by_transposing, nullptr, 0, reduces_by_product},
+      {"scatter_reduce_.two", write_functional_result, nullptr, 0, reduces_by_product},
+      only_forward("index_reduce_", write_functional_result),
       always("_embedding_bag_backward", embedding_bag_backward),
       always("_embedding_bag_per_sample_weights_backward", per_sample_weights_backward),
       always("_segment_reduce_backward", segment_reduce_backward),

@@ -151,23 +151,33 @@ class Differentiable:
         return self.outputs(tensors)
 
 
-def differentiable(op: OpInfo, sample: SampleInput) -> Differentiable | None:
+def differentiable(op: OpInfo, sample: SampleInput, in_place: bool = False) -> Differentiable | None:
     """The sample as a function of its variables; None if there is nothing to differentiate."""
     if not op.supports_autograd:
         return None
     at = _Sample(sample)
+    variant = op.get_op()
+    if in_place:
+        if op.inplace_variant is None or sample.broadcasts_input or not isinstance(sample.input, Tensor):
+            return None
+        variant = lambda x, *args, **kwargs: op.inplace_variant(x.clone(), *args, **kwargs)
 
     def all_outputs(tensors: Sequence[Tensor]) -> list[Tensor]:
         # The same random numbers whenever the function runs. Where a result is unique up to a phase or a sign only, the
         # sample says what of it has a derivative.
         torch.manual_seed(0)
-        wrapped = lambda *args, **kwargs: op.gradcheck_wrapper(op.get_op(), *args, **kwargs)
+        wrapped = lambda *args, **kwargs: op.gradcheck_wrapper(variant, *args, **kwargs)
         return tensors_of(
             at.call(lambda *args, **kwargs: sample.output_process_fn_grad(wrapped(*args, **kwargs)), tensors)
         )
 
     variables = [k for k, i in enumerate(at.positions) if at.leaves[i].requires_grad]
-    chosen = [i for i, y in enumerate(all_outputs([at.leaves[i] for i in at.positions])) if y.requires_grad]
+    try:
+        chosen = [i for i, y in enumerate(all_outputs([at.leaves[i] for i in at.positions])) if y.requires_grad]
+    except RuntimeError:
+        if in_place:  # the results do not fit the argument
+            return None
+        raise
     if not variables or not chosen:
         return None
     return Differentiable(at, variables, lambda tensors: _at(all_outputs(tensors), chosen))
