@@ -97,6 +97,18 @@ def _jvp_jvp(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]
     return _push(T, lambda *xu: _push(T, f, xu[: len(x)], xu[len(x) :]), [*x, *v.u], [*v.t, *v.w])
 
 
+def _jvp_jvp_vjp(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
+    return _push(T, lambda *x: _jvp_vjp(T, f, x, v), x, v.w)
+
+
+def _vjp_jvp_vjp(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
+    return _pull(T, lambda *x: _jvp_vjp(T, f, x, v), x, v.u)
+
+
+def _vjp_vjp_vjp(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
+    return _pull(T, lambda *x: _vjp_vjp(T, f, x, v), x, [*v.t, *v.d])
+
+
 def _jacobian(name: str, **options: str) -> Callable[..., list[Tensor]]:
     def derivative(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]:
         blocks = getattr(T, name)(f, argnums=tuple(range(len(x))), **options)(*x)
@@ -126,7 +138,8 @@ def _hessian(T: ModuleType, f: Function, x: Tensors, v: Vectors) -> list[Tensor]
 class Form:
     """How a derivative is computed, and what its inner product with ``against`` should be.
 
-    To first order it is ``<G(x, c), u>``; to second order the derivative of that along the ``moving`` vectors.
+    To first order it is ``<G(x, c), u>``; to second order the derivative of that along the ``moving`` vectors; to third
+    order, where "x" is among them, the derivative of this for ``x`` along ``w``.
     """
 
     derive: Callable[[ModuleType, Function, Tensors, Vectors], list[Tensor]]
@@ -146,6 +159,11 @@ _SECOND = {
     "vjp of jvp": Form(_vjp_jvp, lambda v: [*v.t, *v.w], "tw"),
     "jvp of jvp": Form(_jvp_jvp, lambda v: v.c, "tw"),
 }
+_THIRD = {
+    "jvp of jvp of vjp": Form(_jvp_jvp_vjp, lambda v: v.u, "tdx"),
+    "vjp of jvp of vjp": Form(_vjp_jvp_vjp, lambda v: v.w, "tdx"),
+    "vjp of vjp of vjp": Form(_vjp_vjp_vjp, lambda v: v.w, "tdx"),
+}
 _MAPPED = {
     f"vmap of {name}": Form(form.derive, form.against, form.moving, mapped=True)
     for name, form in (_FIRST | _SECOND).items()
@@ -156,7 +174,7 @@ _JACOBIANS = {
     "jacfwd": Form(_jacobian("jacfwd", randomness="same"), lambda v: [c for c in v.c for _ in v.u], is_jacobian=True),
     "hessian": Form(_hessian, lambda v: [u for u in v.u for _ in v.t], "t", is_jacobian=True),
 }
-FORMS = _FIRST | _SECOND | _MAPPED | _JACOBIANS
+FORMS = _FIRST | _SECOND | _MAPPED | _JACOBIANS | _THIRD
 
 
 def inner(a: Tensors, b: Tensors) -> tuple[float, float]:
@@ -186,6 +204,8 @@ class Plain:
 
     def exact(self, moving: str) -> float | None:
         """By the backward pass, differentiated again if something moves; None if PyTorch cannot."""
+        if "x" in moving:
+            return None
         try:
             if moving:
                 return self._double_backward(moving)
@@ -222,11 +242,14 @@ class Plain:
                 return inner(self._backward([a.requires_grad_() for a in x], c), u)[0]
             return self._central(lambda k: inner(self.f(*(a + k * b for a, b in zip(x, u, strict=True))), c)[0], step)
 
-        shifted = lambda h: [a.detach() + h * b for a, b in zip(self.x, self.v.u, strict=True)]
+        shifted = lambda h, direction: [a.detach() + h * b for a, b in zip(self.x, direction, strict=True)]
+        if "x" in moving:
+            second = lambda h: Plain(self.f, shifted(h, self.v.w), self.v).exact(moving.removesuffix("x"))
+            return math.nan if second(0.0) is None else self._central(second, step)
         try:
             if moving:
                 return self._central(value, step if self.backward_is_right else 10 * step)
-            return self._central(lambda h: inner(self.f(*shifted(h)), self.v.c)[0], step)
+            return self._central(lambda h: inner(self.f(*shifted(h, self.v.u)), self.v.c)[0], step)
         except RuntimeError:
             return math.nan  # the function reads memory around its argument, of which a shifted copy has none
 
