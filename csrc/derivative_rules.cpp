@@ -41,7 +41,7 @@ DerivativeRule find_derivative_rule(const Operator& op, const AutodiffLevel& lev
   const auto found = table.find(op);
   if (found == table.end()) return nullptr;
   const auto& row = found->second;
-  if (row.applies != nullptr && !row.applies(op, stack)) return nullptr;
+  if (row.applies != nullptr && !row.applies(level, op, stack)) return nullptr;
   if (level.is_forward()) return row.forward;
   const bool needed = row.reverse_from == 0 || derivatives_outside(level, op, stack) >= row.reverse_from;
   return needed ? row.reverse : nullptr;

@@ -28,7 +28,7 @@ struct DerivativeRow {
   // How many derivatives are taken outside when reverse mode first needs the rule.
   int reverse_from;
   // Whether a call needs the rule, if not all do.
-  bool (*applies)(const Operator& op, const Stack& stack) = nullptr;
+  bool (*applies)(const AutodiffLevel& level, const Operator& op, const Stack& stack) = nullptr;
 };
 
 // PyTorch's formula in forward mode is missing, wrong, or wrong one derivative later.

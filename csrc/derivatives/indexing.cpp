@@ -31,11 +31,13 @@ void as_strided_scatter(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, y);
 }
 
-bool reduces_by_product(const Operator&, const Stack& stack) { return stack[stack.size() - 2].toStringRef() == "prod"; }
+bool reduces_by_product(const AutodiffLevel&, const Operator&, const Stack& stack) {
+  return stack[stack.size() - 2].toStringRef() == "prod";
+}
 
 // Operators on (x, src, ...) that put src into a copy of x: PyTorch's derivative by a real src in a complex x is
 // complex.
-bool has_real_source(const Operator& op, const Stack& stack) {
+bool has_real_source(const AutodiffLevel&, const Operator& op, const Stack& stack) {
   const auto* arguments = stack.data() + stack.size() - count_arguments(op);
   return arguments[0].toTensor().is_complex() && !arguments[1].toTensor().is_complex();
 }

@@ -31,6 +31,7 @@ from tests.support.forms import Differentiable, differentiable
 Tensors = Sequence[Tensor]
 Function = Callable[..., list[Tensor]]
 
+OURS = "functorch_lite"
 #: Relative to the sum of the absolute values of the products.
 TOLERANCE = 1e-7
 #: Of operators that round to few digits.
@@ -372,6 +373,10 @@ class Report:
     #: Cases that the second side passes and the first does not.
     behind: list[str] = field(default_factory=list)
 
+    def all(self, kind: str) -> list[str]:
+        """The messages of this kind, "wrong" or "refused", of this package."""
+        return [text for sides in self.tallies.values() for text in getattr(sides[OURS], kind)]
+
 
 def cases_of(op: OpInfo, extent: ops.Extent) -> Iterator[tuple[str, Differentiable]]:
     """The samples with something to differentiate."""
@@ -419,12 +424,11 @@ def sweep(op: OpInfo, sides: dict[str, ModuleType], forms: Sequence[str], extent
 
 
 def _print_report(report: Report) -> None:
-    for sides in report.tallies.values():
-        for side, tally in sides.items():
-            for kind, messages in (("wrong", tally.wrong), ("refused", tally.refused)):
-                for message in messages[:1]:
-                    if side == "functorch_lite":
-                        print(f"{report.name}: {kind} ({len(messages)}): {' '.join(message.split())[:260]}", flush=True)
+    for form in report.tallies:
+        for kind in ("wrong", "refused"):
+            messages = getattr(report.tallies[form][OURS], kind)
+            if messages:
+                print(f"{report.name}: {kind} ({len(messages)}): {' '.join(messages[0].split())[:260]}", flush=True)
 
 
 def _print_table(reports: Sequence[Report]) -> None:
@@ -466,7 +470,7 @@ def main() -> None:
     if options.join:
         _print_table([_read(line) for path in options.join for line in path.read_text().splitlines()])
         return
-    sides: dict[str, ModuleType] = {"functorch_lite": fl}
+    sides: dict[str, ModuleType] = {OURS: fl}
     if options.peer:
         sides["torch.func"] = torch.func
     extent = ops.FULL if options.full else ops.Extent(options.samples, None, None)

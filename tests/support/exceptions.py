@@ -55,6 +55,16 @@ REFUSED = {
     "to_sparse": "a sparse tensor cannot be a batch of dense ones",
 }
 
+#: Samples whose derivative, or a form of it, raises an error, and why.
+WITHOUT_DERIVATIVE = {
+    "to_sparse": "a sparse tensor has no forward-mode derivative, and cannot be a batch of dense ones",
+    "native_batch_norm": _STATISTICS,
+    "_native_batch_norm_legit": _STATISTICS,
+    "_batch_norm_with_update": _STATISTICS,
+    "nn.functional.batch_norm": _STATISTICS,
+    "nn.functional.instance_norm": _STATISTICS,
+}
+
 #: Samples that raise PyTorch's own error, and why.
 FAILING: dict[str, str] = {}
 
