@@ -51,15 +51,6 @@ SharedForwardMode shared_forward_mode;
 // Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
 bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
 
-// Whether an operator that has results writes into this argument beside them, as batch norm does into its running
-// statistics. Such a write has no derivative.
-bool writes_beside_results(const c10::FunctionSchema& schema, size_t argument) {
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (written_argument(schema, i) == static_cast<int64_t>(argument)) return false;
-  }
-  return !schema.returns().empty();
-}
-
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
   TORCH_CHECK_VALUE(false, level.kind(), ": the function calls the in-place operator ", op.operator_name().name,
