@@ -39,6 +39,7 @@ def connect() -> None:
         _library_rules,
         _new,
         _repr,
+        _saved_tensors,
     )
 
     _C.set_python_side(
@@ -53,4 +54,5 @@ def connect() -> None:
     _new.install()
     _custom_function.install()
     _checkpoint.install()
+    _saved_tensors.install()
     _library_rules.install()
