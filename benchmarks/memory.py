@@ -93,19 +93,19 @@ def plain_gradient(loss: Loss, params: Params) -> list[Tensor | None]:
     return [p.grad for p in leaves.values()]
 
 
+def _gradient(loss: Loss, params: Params) -> dict[str, int]:
+    return {
+        "loss.backward()": peak_bytes(lambda: plain_gradient(loss, params)),
+        "grad": peak_bytes(lambda: fl.grad(loss)(params)),
+        "value_and_grad": peak_bytes(lambda: fl.value_and_grad(loss)(params)),
+        "torch.func.grad": peak_bytes(lambda: torch.func.grad(loss)(params)),
+    }
+
+
 def gradients() -> dict[str, dict[str, int]]:
     """Peak bytes for each workload and each way to take the gradient."""
-    table = {}
-    for name, make in WORKLOADS.items():
-        torch.manual_seed(0)
-        loss, params = make()
-        table[name] = {
-            "loss.backward()": peak_bytes(lambda: plain_gradient(loss, params)),
-            "grad": peak_bytes(lambda: fl.grad(loss)(params)),
-            "value_and_grad": peak_bytes(lambda: fl.value_and_grad(loss)(params)),
-            "torch.func.grad": peak_bytes(lambda: torch.func.grad(loss)(params)),
-        }
-    return table
+    torch.manual_seed(0)
+    return {name: _gradient(*make()) for name, make in WORKLOADS.items()}
 
 
 def _network(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -126,8 +126,13 @@ def jacobians() -> dict[str, dict[str, int]]:
     torch.manual_seed(0)
     weights = [torch.randn(64, 64) / 8 for _ in range(6)]
     x = torch.randn(64)
-    vector: Callable[[Tensor], Tensor] = lambda x: _network(x, weights)
-    scalar: Callable[[Tensor], Tensor] = lambda x: _network(x, weights).pow(2).sum()
+
+    def vector(x: Tensor) -> Tensor:
+        return _network(x, weights)
+
+    def scalar(x: Tensor) -> Tensor:
+        return _network(x, weights).pow(2).sum()
+
     ways: dict[str, dict[str, Any]] = {
         "jacobian": {
             "plain": lambda: _plain_jacobian(vector, x),

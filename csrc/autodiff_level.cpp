@@ -2,9 +2,7 @@
 #include "autodiff_level.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/enum_tag.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/alias.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
@@ -163,16 +161,7 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   }
   {
     RunBelow below(*this, how.same_keys);
-    if (aliasing_of(schema).writes && op.hasTag(at::Tag::inplace_view)) {
-      // squeeze_() and the like change the tensor object, which saved copies of the wrapper share.
-      auto* target = wrapper_at(arguments[0].toTensor(), this);
-      if (target != nullptr) target->replace_value(at::alias(target->value()), target->bdim());
-    }
-    replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
-      auto* wrapper = wrapper_at(tensor, this);
-      return wrapper != nullptr ? wrapper->value() : tensor;
-    });
-    op.callBoxed(&stack);
+    call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {

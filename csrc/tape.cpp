@@ -2,8 +2,6 @@
 #include "tape.h"
 
 #include <ATen/Context.h>
-#include <ATen/core/enum_tag.h>
-#include <ATen/ops/alias.h>
 #include <ATen/ops/clone.h>
 
 #include <algorithm>
@@ -376,13 +374,7 @@ void TapeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   WrittenArguments written(schema, arguments);
   {
     const RunBelow below(*this);
-    if (aliasing.writes && op.hasTag(at::Tag::inplace_view)) {
-      // squeeze_() and the like change the tensor object, which may be one from outside.
-      auto* target = wrapper_at(arguments[0].toTensor(), this);
-      if (target != nullptr) target->replace_value(at::alias(target->value()), target->bdim());
-    }
-    replace_tensors(arguments, n, [&](const at::Tensor& tensor) { return value_of(tensor); });
-    op.callBoxed(&stack);
+    call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {

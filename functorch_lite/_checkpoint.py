@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 import torch.utils.checkpoint as plain
 from torch import Tensor
 from torch.autograd import Function
@@ -48,13 +48,16 @@ def _checkpoint_inside(
     """Both variants do the same here, and the function is not called again, so that nothing needs to be checked."""
 
     def in_context(*args: Any, **kwargs: Any) -> Any:
-        context, _ = context_fn()
-        if isinstance(context, plain._CachingTorchDispatchMode):  # a policy: see docs/memory.md
-            return function(*args, **kwargs)
-        with context:
+        with _without_policy(context_fn()[0]):
             return function(*args, **kwargs)
 
-    return remat(in_context, preserve_rng_state)(*args, **kwargs)
+    return remat(in_context, preserve_rng_state, lambda: _without_policy(context_fn()[1]))(*args, **kwargs)
+
+
+def _without_policy(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+    """The context, unless it is a policy's: what that would keep is of no use at another level. All is recomputed."""
+    is_policy = isinstance(context, (plain._CachingTorchDispatchMode, plain._CachedTorchDispatchMode))
+    return nullcontext() if is_policy else context
 
 
 def _apply_on_tape(level: _C.TapeLevel, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

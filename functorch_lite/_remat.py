@@ -11,6 +11,7 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ from functorch_lite import _C, _tree
 FlatFunction = Callable[..., list[Any]]
 
 
-def remat(func: Callable[..., Any], repeats_random_numbers: bool = True) -> Callable[..., Any]:
+def remat(
+    func: Callable[..., Any],
+    repeats_random_numbers: bool = True,
+    recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[..., Any]:
     """``func``, computed again in the backward pass in place of saving what it needs there.
 
     ``func`` may take and return any pytree, and read tensors from outside, which may be differentiated. Computed again
-    it draws the same random numbers, with the same autocast.
+    it draws the same random numbers, with the same autocast, in the context that ``recomputing`` makes.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +41,12 @@ def remat(func: Callable[..., Any], repeats_random_numbers: bool = True) -> Call
             leaves, spec = _tree.flatten(output)
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             tape, values = level.finish([leaves[i] for i in places])
-        results = _run(lambda *inputs: tape.replay(inputs), tape.inputs, values)
+
+        def again(*inputs: Tensor) -> list[Tensor]:
+            with recomputing():
+                return tape.replay(inputs)
+
+        results = _run(again, tape.inputs, values)
         for i, result in zip(places, results, strict=True):
             leaves[i] = result
         return _tree.unflatten(leaves, spec)
@@ -87,7 +97,7 @@ def _run_mapped(
             results, found = _unwrap(same, func(*_lift(same, values, dims)))
         if not out_dims:
             out_dims.extend(found)
-        return [_move(result, *places, level) for result, *places in zip(results, found, out_dims, strict=True)]
+        return [_move(level, *placed) for placed in zip(results, found, out_dims, strict=True)]
 
     return _lift(level, _below(mapped, values, outputs, lambda output: level.unwrap(output)[0]), out_dims)
 
@@ -102,7 +112,7 @@ def _lift(level: _C.VmapLevel, values: Sequence[Any], dims: Sequence[int | None]
     return [value if dim is None else level.lift(value, dim) for value, dim in zip(values, dims, strict=True)]
 
 
-def _move(value: Any, found: int | None, wanted: int | None, level: _C.VmapLevel) -> Any:
+def _move(level: _C.VmapLevel, value: Any, found: int | None, wanted: int | None) -> Any:
     # Where an operator leaves the batch may depend on whether somebody differentiates.
     if value is None or found == wanted or wanted is None:
         return value
@@ -160,9 +170,7 @@ def _run_reverse(
     level: _C.AutodiffLevel, func: FlatFunction, args: Sequence[Any], outputs: Sequence[Any] | None
 ) -> list[Any]:
     # What is not of this level may have a derivative of another one, which the Function must not see.
-    here = [
-        level.lift_constant(arg) if isinstance(arg, Tensor) and level.value_of(arg) is arg else arg for arg in args
-    ]
+    here = [level.lift_constant(arg) if isinstance(arg, Tensor) and level.value_of(arg) is arg else arg for arg in args]
     return _Remat.record(level, func, here, outputs)
 
 
@@ -200,7 +208,9 @@ class _Remat(Function):
         def pulled(*leaves: Any) -> list[Any]:
             level, outputs, inputs = _record(func, leaves[: len(args)], needed)
             # An output without a cotangent, or that does not depend on what is needed.
-            roots = [(o, c) for o, c in zip(outputs, leaves[len(args) :], strict=True) if o is not None and c is not None]
+            roots = [
+                (o, c) for o, c in zip(outputs, leaves[len(args) :], strict=True) if o is not None and c is not None
+            ]
             return level.backward([o for o, _ in roots], [c for _, c in roots], inputs, False)
 
         results = iter(_run(pulled, [*args, *cotangents]))
