@@ -231,6 +231,6 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
     """Refuse an autograd.Function that would write into the same memory again when it is computed again."""
     raise NotImplementedError(
         f"checkpoint: the torch.autograd.Function {function} writes in place into a tensor from outside the "
-        f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when the "
-        f"function is computed again. Pass a clone."
+        f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
+        f"the function is computed again. Pass a clone."
     )

@@ -149,8 +149,11 @@ def _run_forward(
             duals = [_dual(same, *leaf) for leaf in zip(leaves[:count], leaves[count:], strict=True)]
             return _parts(same, func(*duals))
 
+    # Here, and not below, where somebody may have switched tangents off.
+    parts = _parts(level, args)
+    output_parts = None if outputs is None else _parts(level, outputs)
     with _C.Below():
-        results = _run(pushed, _parts(level, args), None if outputs is None else _parts(level, outputs))
+        results = _run(pushed, parts, output_parts)
     half = len(results) // 2
     return [_dual(level, *parts) for parts in zip(results[:half], results[half:], strict=True)]
 

@@ -289,6 +289,20 @@ def test_differentiated_by_plain_pytorch_outside(xs):
     torch.testing.assert_close(gradient(non_reentrant), gradient(as_it_is))
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("inside", [as_it_is, non_reentrant])
+@pytest.mark.parametrize("around", [non_reentrant, reentrant, saving_halves])
+def test_plain_checkpoints_around_a_transform(around, inside, transform, x, xs):
+    def gradient(around, inside):
+        a, b = x.clone().requires_grad_(), xs.clone().requires_grad_()
+        run = lambda a, b: TRANSFORMS[transform](functools.partial(captured, inside), a, b)
+        leaves = torch.utils._pytree.tree_leaves(around(run, a, b))
+        sum(leaf.pow(2).sum() for leaf in leaves).backward()
+        return a.grad, b.grad
+
+    torch.testing.assert_close(gradient(around, inside), gradient(as_it_is, as_it_is))
+
+
 def test_outside_of_transforms_it_is_pytorchs_own(x):
     calls = []
 
