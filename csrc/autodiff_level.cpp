@@ -2,11 +2,9 @@
 #include "autodiff_level.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/enum_tag.h>
 #include <ATen/ops/_conj.h>
 #include <ATen/ops/_neg_view.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/alias.h>
 #include <ATen/ops/conj_physical.h>
 #include <ATen/ops/neg.h>
 #include <ATen/ops/zeros_like.h>
@@ -56,15 +54,6 @@ SharedForwardMode shared_forward_mode;
 
 // Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
 bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
-
-// Whether an operator that has results writes into this argument beside them, as batch norm does into its running
-// statistics. Such a write has no derivative.
-bool writes_beside_results(const c10::FunctionSchema& schema, size_t argument) {
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (written_argument(schema, i) == static_cast<int64_t>(argument)) return false;
-  }
-  return !schema.returns().empty();
-}
 
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
@@ -179,16 +168,7 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   }
   {
     RunBelow below(*this, how.same_keys);
-    if (aliasing_of(schema).writes && op.hasTag(at::Tag::inplace_view)) {
-      // squeeze_() and the like change the tensor object, which saved copies of the wrapper share.
-      auto* target = wrapper_at(arguments[0].toTensor(), this);
-      if (target != nullptr) target->replace_value(at::alias(target->value()), target->bdim());
-    }
-    replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
-      auto* wrapper = wrapper_at(tensor, this);
-      return wrapper != nullptr ? wrapper->value() : tensor;
-    });
-    op.callBoxed(&stack);
+    call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {
@@ -293,7 +273,6 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
   const OneThread one_thread;
-  Suspended suspended(LevelPtr::unsafe_reclaim_from_nonowning(this));
   auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
                                          /*allow_unused=*/true);
   // A custom formula may hand out what it kept from the forward pass.

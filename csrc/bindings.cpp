@@ -7,6 +7,7 @@
 #include "fallback.h"
 #include "front.h"
 #include "rule.h"
+#include "tape.h"
 #include "vmap_level.h"
 #include "wrapper.h"
 
@@ -79,6 +80,18 @@ std::pair<at::Tensor, std::optional<int64_t>> unwrap_batched(const VmapLevel& le
   return {wrapper->value(), wrapper->bdim()};
 }
 
+Tensors record_call(TapeLevel& level, const py::object& function, const Tensors& arguments, const Tensors& results) {
+  // Shared, for the tape may copy it and be freed where Python's lock is not held.
+  const std::shared_ptr<py::object> held(new py::object(function), [](py::object* owned) {
+    py::gil_scoped_acquire gil;
+    delete owned;
+  });
+  const auto call = [held](const Tensors& arguments) {
+    return call_python([&] { return (*held)(arguments).cast<Tensors>(); });
+  };
+  return level.record(call, arguments, results);
+}
+
 struct OutsideContext {
   std::optional<Outside> outside;
   void enter() { outside.emplace(); }
@@ -100,6 +113,9 @@ py::object innermost_level() {
   if (level == nullptr) return py::none();
   if (auto* vmap = dynamic_cast<VmapLevel*>(level)) {
     return py::cast(c10::intrusive_ptr<VmapLevel>::unsafe_reclaim_from_nonowning(vmap));
+  }
+  if (auto* tape = dynamic_cast<TapeLevel*>(level)) {
+    return py::cast(c10::intrusive_ptr<TapeLevel>::unsafe_reclaim_from_nonowning(tape));
   }
   return py::cast(c10::intrusive_ptr<AutodiffLevel>::unsafe_reclaim_from_nonowning(static_cast<AutodiffLevel*>(level)));
 }
@@ -145,6 +161,12 @@ std::tuple<Handling, std::string, std::string> plan(const std::string& name, con
 
 void raise_escaped(const Wrapper& wrapper) {
   std::ostringstream message;
+  if (wrapper.bdim() == kNoBatchDim) {
+    message << "A tensor of shape " << wrapper.sym_sizes() << " that was made inside torch.utils.checkpoint is used "
+            << "outside of it, where it has no derivative. Return it from the checkpointed function, or detach() it "
+            << "there if its derivative is not wanted.";
+    throw EscapedTensorError(message.str());
+  }
   message
       << "A tensor of shape " << wrapper.sym_sizes() << " that was made inside vmap is used after that vmap has "
       << "returned, or in another thread. Inside vmap a tensor stands for one example of a batch; once vmap is done "
@@ -195,6 +217,17 @@ PYBIND11_MODULE(_C, m) {
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
       .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Tape, c10::intrusive_ptr<Tape>>(m, "Tape")
+      .def_property_readonly("inputs", &Tape::inputs)
+      .def("replay", &Tape::replay, py::call_guard<py::gil_scoped_release>());
+  py::class_<TapeLevel, Level, c10::intrusive_ptr<TapeLevel>>(m, "TapeLevel")
+      .def(py::init<bool>())
+      .def("lift", &TapeLevel::lift)
+      .def("value_of", &TapeLevel::value_of)
+      .def("is_from_outside", &TapeLevel::is_from_outside)
+      .def("record", &record_call)
+      .def("finish", &TapeLevel::finish);
 
   py::class_<OutsideContext>(m, "Outside")
       .def(py::init<>())

@@ -11,17 +11,18 @@
 #include "fallback.h"
 
 namespace functorch_lite {
-namespace {
 
-at::Tensor state_of(at::Generator& generator) {
+at::Tensor generator_state(at::Generator& generator) {
   const std::lock_guard<std::mutex> lock(generator.mutex());
   return generator.get_state();
 }
 
-void set_state(at::Generator& generator, const at::Tensor& state) {
+void set_generator_state(at::Generator& generator, const at::Tensor& state) {
   const std::lock_guard<std::mutex> lock(generator.mutex());
   generator.set_state(state);
 }
+
+namespace {
 
 void set_seed(at::Generator& generator, uint64_t seed) {
   const std::lock_guard<std::mutex> lock(generator.mutex());
@@ -53,14 +54,14 @@ void Chunks::begin(int64_t size) {
   start_ = end_;
   end_ += size;
   used_ = 0;
-  for (auto& [generator, state] : found_) set_state(generator, state);
+  for (auto& [generator, state] : found_) set_generator_state(generator, state);
 }
 
 void Chunks::remember(const at::Generator& generator) {
   const auto is_this = [&](const auto& entry) { return entry.first == generator; };
   if (std::any_of(found_.begin(), found_.end(), is_this)) return;
   auto handle = generator;
-  found_.emplace_back(generator, state_of(handle));
+  found_.emplace_back(generator, generator_state(handle));
 }
 
 at::Tensor& Chunks::kept_state() {
@@ -95,43 +96,43 @@ OwnStream::OwnStream(BatchCall& call)
     : generator_(*generator_of(arguments_of(call))),
       kept_(chunks_of(call) != nullptr ? &chunks_of(call)->kept_state() : nullptr) {
   const auto seed = draw_seed(generator_);
-  outer_state_ = state_of(generator_);
+  outer_state_ = generator_state(generator_);
   if (kept_ != nullptr && kept_->defined()) {
-    set_state(generator_, *kept_);
+    set_generator_state(generator_, *kept_);
   } else {
     set_seed(generator_, seed);
   }
 }
 
 OwnStream::~OwnStream() {
-  if (kept_ != nullptr) *kept_ = state_of(generator_);
-  set_state(generator_, outer_state_);
+  if (kept_ != nullptr) *kept_ = generator_state(generator_);
+  set_generator_state(generator_, outer_state_);
 }
 
 namespace {
 
 void draw_the_same(BatchCall& call, at::Generator generator) {
-  const auto before = state_of(generator);
+  const auto before = generator_state(generator);
   at::Tensor after;
   run_each_example(call, [&](int64_t i) {
-    if (i == 1) after = state_of(generator);
-    if (i > 0) set_state(generator, before);
+    if (i == 1) after = generator_state(generator);
+    if (i > 0) set_generator_state(generator, before);
   });
-  if (!after.defined()) after = state_of(generator);
+  if (!after.defined()) after = generator_state(generator);
   if (auto* chunks = chunks_of(call)) {
     auto& kept = chunks->kept_state();
     if (!kept.defined()) kept = after;
     after = kept;
   }
-  set_state(generator, after);
+  set_generator_state(generator, after);
 }
 
 void draw_differently(BatchCall& call, at::Generator generator) {
   const auto seed = draw_seed(generator);
-  const auto after = state_of(generator);
+  const auto after = generator_state(generator);
   const auto first = chunks_of(call) != nullptr ? chunks_of(call)->start() : 0;
   run_each_example(call, [&](int64_t i) { set_seed(generator, seed + first + i); });
-  set_state(generator, after);
+  set_generator_state(generator, after);
 }
 
 }  // namespace

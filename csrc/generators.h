@@ -44,6 +44,9 @@ class Chunks final : public c10::intrusive_ptr_target {
   size_t used_ = 0;
 };
 
+at::Tensor generator_state(at::Generator& generator);
+void set_generator_state(at::Generator& generator, const at::Tensor& state);
+
 // The generator that a random operator draws from: its argument, or that of the device. None on meta tensors.
 std::optional<at::Generator> generator_of(c10::ArrayRef<c10::IValue> arguments);
 

@@ -1,7 +1,6 @@
 // The stack of levels of each thread. See level.h first.
 #include "level.h"
 
-#include <ATen/SavedTensorHooks.h>
 #include <c10/core/AutogradState.h>
 #include <c10/util/Exception.h>
 
@@ -11,15 +10,12 @@ namespace functorch_lite {
 namespace {
 
 thread_local Level* innermost = nullptr;
-thread_local Suspended* suspended = nullptr;
 
 void set_innermost(Level* level, c10::impl::LocalDispatchKeySet keys) {
   innermost = level;
   keys.included_ = level != nullptr ? keys.included_.add(kFront) : keys.included_.remove(kFront);
   c10::impl::_force_tls_local_dispatch_key_set(keys);
 }
-
-size_t saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_tls_state().stack.size(); }
 
 }  // namespace
 
@@ -35,10 +31,7 @@ void AutogradModes::make_current() const {
   state.set_inference_mode(inference);
 }
 
-Level* current_level() {
-  if (C10_UNLIKELY(suspended != nullptr)) suspended->attach_while_recomputing();
-  return innermost;
-}
+Level* current_level() { return innermost; }
 
 int64_t level_depth() {
   auto* level = current_level();
@@ -52,24 +45,13 @@ bool is_active(const Level* level) {
   return false;
 }
 
-void Level::attach() {
-  TORCH_INTERNAL_ASSERT(depth_ == 0, "this level is open already");
-  auto* parent = current_level();
-  depth_ = parent != nullptr ? parent->depth() + 1 : 1;
-  if (parent != nullptr) parent_ = LevelPtr::unsafe_reclaim_from_nonowning(parent);
-  set_innermost(this, c10::impl::tls_local_dispatch_key_set());
-}
-
-void Level::detach() {
-  auto parent = std::move(parent_);
-  depth_ = 0;
-  set_innermost(parent.get(), c10::impl::tls_local_dispatch_key_set());
-}
-
 void Level::open() {
   outer_keys_ = c10::impl::tls_local_dispatch_key_set();
   outer_modes_ = AutogradModes::current();
-  attach();
+  TORCH_INTERNAL_ASSERT(depth_ == 0, "this level is open already");
+  depth_ = level_depth() + 1;
+  if (innermost != nullptr) parent_ = LevelPtr::unsafe_reclaim_from_nonowning(innermost);
+  set_innermost(this, c10::impl::tls_local_dispatch_key_set());
   on_open();
   if (!sets_modes_) return;
   auto keys = c10::impl::tls_local_dispatch_key_set();
@@ -82,12 +64,14 @@ void Level::open() {
 void Level::close() {
   if (!is_active(this)) return;
   while (innermost != this) innermost->close();
+  on_close();
   if (sets_modes_) {
     c10::impl::_force_tls_local_dispatch_key_set(outer_keys_);
     outer_modes_.make_current();
   }
-  on_close();
-  detach();
+  const auto parent = std::move(parent_);
+  depth_ = 0;
+  set_innermost(parent.get(), c10::impl::tls_local_dispatch_key_set());
 }
 
 RunBelow::RunBelow(const Level& level, bool same_keys)
@@ -118,31 +102,6 @@ Outside::Outside() : saved_level_(innermost), saved_keys_(c10::impl::tls_local_d
 Outside::~Outside() {
   innermost = saved_level_;
   c10::impl::_force_tls_local_dispatch_key_set(saved_keys_);
-}
-
-Suspended::Suspended(LevelPtr level)
-    : level_(std::move(level)), outer_(suspended), hooks_at_start_(saved_tensor_hooks()) {
-  suspended = this;
-}
-
-Suspended::~Suspended() {
-  if (attached_ && is_active(level_.get())) {
-    while (innermost != level_.get()) innermost->close();
-    level_->detach();
-  }
-  suspended = outer_;
-}
-
-void Suspended::attach_while_recomputing() {
-  const bool recomputing = saved_tensor_hooks() > hooks_at_start_;
-  if (recomputing == attached_) return;
-  if (recomputing) {
-    attached_ = true;  // first: attach() asks for the current level again
-    level_->attach();
-  } else if (innermost == level_.get()) {
-    attached_ = false;
-    level_->detach();
-  }
 }
 
 }  // namespace functorch_lite

@@ -35,6 +35,10 @@ class Level : public c10::intrusive_ptr_target {
   // Whether it does so in forward mode.
   virtual bool is_forward() const { return false; }
 
+  // Whether its wrappers keep their derivatives when it closes. Otherwise they must not be used any more if they have
+  // one.
+  virtual bool keeps_derivatives() const { return true; }
+
   // Pushes this level on the calling thread's stack; `close` pops it, and any level left open above it.
   void open();
   void close();
@@ -46,12 +50,11 @@ class Level : public c10::intrusive_ptr_target {
  protected:
   virtual void on_open() {}
   virtual void on_close() {}
+  // The modes in which code one level below `level` runs.
+  static AutogradModes& modes_around(Level& level) { return level.outer_modes_; }
 
  private:
   friend class RunBelow;
-  friend class Suspended;
-  void attach();
-  void detach();
 
   bool sets_modes_;
   int64_t depth_ = 0;
@@ -108,24 +111,6 @@ class Outside {
  private:
   Level* saved_level_;
   c10::impl::LocalDispatchKeySet saved_keys_;
-};
-
-// Marks the enclosed backward pass as `level`'s. The level is closed, so derivative formulas see values. But code
-// that computes the forward pass again inside a saved-tensor hook (activation checkpointing) has to record, so
-// while such hooks are installed the level is back on the stack.
-class Suspended {
- public:
-  explicit Suspended(LevelPtr level);
-  ~Suspended();
-  Suspended(const Suspended&) = delete;
-  Suspended& operator=(const Suspended&) = delete;
-  void attach_while_recomputing();
-
- private:
-  LevelPtr level_;
-  Suspended* outer_;
-  size_t hooks_at_start_;
-  bool attached_ = false;
 };
 
 }  // namespace functorch_lite

@@ -98,4 +98,13 @@ inline int64_t written_argument(const c10::FunctionSchema& schema, size_t result
   return -1;
 }
 
+// Whether an operator that has results writes into this argument beside them, as batch norm does into its running
+// statistics. Such a write has no derivative.
+inline bool writes_beside_results(const c10::FunctionSchema& schema, size_t argument) {
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    if (written_argument(schema, i) == static_cast<int64_t>(argument)) return false;
+  }
+  return !schema.returns().empty();
+}
+
 }  // namespace functorch_lite

@@ -122,6 +122,7 @@ c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(const c10::
                                                                      bool allow_metadata_change) const {
   auto copy = c10::make_intrusive<Wrapper>(value(), level_, bdim_);
   copy->is_captured = is_captured;
+  copy->slot = slot;
   copy->set_allow_tensor_metadata_change(allow_metadata_change);
   if (is_shared()) record_alias(*copy, const_cast<Wrapper&>(*this));
   return copy;
@@ -142,6 +143,7 @@ void Wrapper::shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl)
               "Use tensor.copy_(...), which writes into all of them.");
   view_record = nullptr;
   replace_value(other->value(), other->bdim());
+  slot = other->slot;
   if (is_shared()) record_alias(*this, *other);
 }
 
@@ -157,7 +159,8 @@ at::Tensor make_symbolic_zero(c10::SymIntArrayRef sizes, c10::ScalarType dtype, 
 at::Tensor strip_closed_levels(at::Tensor tensor) {
   while (auto* wrapper = as_wrapper(tensor)) {
     if (is_active(wrapper->level())) break;
-    if (wrapper->bdim() != kNoBatchDim) raise_escaped(*wrapper);
+    const bool loses_derivative = !wrapper->level()->keeps_derivatives() && tensor.requires_grad();
+    if (loses_derivative || wrapper->bdim() != kNoBatchDim) raise_escaped(*wrapper);
     tensor = wrapper->value();
   }
   return tensor;

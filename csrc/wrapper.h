@@ -48,6 +48,8 @@ class Wrapper final : public c10::TensorImpl {
 
   // Memory that existed before the level opened: writing values that need a derivative here would lose them.
   bool is_captured = false;
+  // For a wrapper of a tape level: its number on the tape.
+  int64_t slot = -1;
   // For a wrapper of a vmap level that shares unbatched memory with others; see shared_memory.h.
   std::unique_ptr<ViewRecord> view_record;
 

@@ -1,6 +1,9 @@
 // The results of an operator that are arguments, written in place.
 #pragma once
 
+#include <ATen/core/enum_tag.h>
+#include <ATen/ops/alias.h>
+
 #include "op_args.h"
 #include "wrapper.h"
 
@@ -31,5 +34,40 @@ class WrittenArguments {
  private:
   c10::SmallVector<c10::IValue, 1> by_result_;  // None for the others
 };
+
+// `squeeze` for `squeeze_`: the operator that makes a view where this one changes the tensor object.
+inline std::optional<c10::OperatorHandle> view_form(const c10::OperatorHandle& op) {
+  if (!op.hasTag(at::Tag::inplace_view)) return std::nullopt;
+  auto name = op.operator_name();
+  if (name.name.back() != '_') return std::nullopt;
+  name.name.pop_back();
+  if (name.name == "aten::transpose") name.overload_name = "int";
+  const auto view = c10::Dispatcher::singleton().findSchema(name);
+  const bool is_view = view.has_value() && view->schema().returns()[0].alias_info() != nullptr;
+  return is_view ? view : std::nullopt;
+}
+
+// Runs an operator on the values of the wrappers of `level`, which must not be the innermost one any more. The wrappers
+// that it writes into are still to be brought up to date.
+inline void call_on_values(const c10::OperatorHandle& op, Stack& stack, const Level& level) {
+  const auto n = count_arguments(op);
+  auto* arguments = stack.data() + stack.size() - n;
+  auto* target = n > 0 && arguments[0].isTensor() ? wrapper_at(arguments[0].toTensor(), &level) : nullptr;
+  replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = wrapper_at(tensor, &level);
+    return wrapper != nullptr ? wrapper->value() : tensor;
+  });
+  // A change of the value's own shape would be seen by those who saved it, and by tensors of outer levels.
+  const auto view = target != nullptr ? view_form(op) : std::nullopt;
+  if (!view.has_value()) {
+    if (target != nullptr && op.hasTag(at::Tag::inplace_view)) {
+      target->replace_value(at::alias(target->value()), target->bdim());
+      arguments[0] = target->value();
+    }
+    return op.callBoxed(&stack);
+  }
+  view->callBoxed(&stack);
+  target->replace_value(stack.back().toTensor(), target->bdim());
+}
 
 }  // namespace functorch_lite

@@ -225,3 +225,12 @@ def check_randomness(transform: str, randomness: Any) -> None:
     """Require one of the three settings."""
     if randomness not in ("error", "same", "different"):
         raise ValueError(f"{transform}: randomness must be 'error', 'same' or 'different', got {randomness!r}.")
+
+
+def refuse_checkpointed_write(function: str, target: Tensor) -> None:
+    """Refuse an autograd.Function that would write into the same memory again when it is computed again."""
+    raise NotImplementedError(
+        f"checkpoint: the torch.autograd.Function {function} writes in place into a tensor from outside the "
+        f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
+        f"the function is computed again. Pass a clone."
+    )

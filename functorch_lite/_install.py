@@ -29,7 +29,18 @@ check_torch_version(_built_for(), torch.__version__)
 
 def connect() -> None:
     """Give the extension the Python functions that it calls."""
-    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
+    from functorch_lite import (
+        _C,
+        _boundary,
+        _checkpoint,
+        _checks,
+        _custom_function,
+        _decompose,
+        _library_rules,
+        _new,
+        _repr,
+        _saved_tensors,
+    )
 
     _C.set_python_side(
         _decompose.has_decomposition,
@@ -42,4 +53,6 @@ def connect() -> None:
     _repr.install()
     _new.install()
     _custom_function.install()
+    _checkpoint.install()
+    _saved_tensors.install()
     _library_rules.install()

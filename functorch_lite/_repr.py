@@ -22,7 +22,7 @@ def describe(tensor: Tensor) -> str | None:
     kind, level, is_open, batch_dim, value = description
     if kind == "vmap" and batch_dim is None:  # the same for all examples
         return describe(value)
-    name = {"vmap": "BatchedTensor", "grad": "GradTensor", "jvp": "DualTensor"}[kind]
+    name = {"vmap": "BatchedTensor", "grad": "GradTensor", "jvp": "DualTensor", "checkpoint": "TapeTensor"}[kind]
     parts = [f"level={level}" if is_open else "level closed"]
     if batch_dim is not None:
         parts += [f"batch_dim={batch_dim}", f"batch_size={value.shape[batch_dim]}", f"shape={tuple(tensor.shape)}"]

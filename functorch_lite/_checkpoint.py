@@ -1,0 +1,99 @@
+"""torch.utils.checkpoint inside transforms: there it is `remat`, and outside of them PyTorch's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch.utils.checkpoint as plain
+from torch import Tensor
+from torch.autograd import Function
+
+from functorch_lite import _C, _checks, _tree
+from functorch_lite._remat import remat
+
+# What `plain.checkpoint` calls is kept under this name on the function, so that it can be replaced for those who
+# have imported `checkpoint` already.
+_ENTRY = "__dynamo_disable"
+_undecorated: Callable[..., Any] = plain.checkpoint.__wrapped__  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _plain_checkpoint() -> Callable[..., Any]:
+    import torch._dynamo  # slow to import: only when asked for
+
+    disabled: Callable[..., Any] = torch._dynamo.disable(_undecorated, True, wrapping=False)
+    return disabled
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _C.current_level() is None:
+        return _plain_checkpoint()(function, *args, **kwargs)
+    return _checkpoint_inside(function, *args, **kwargs)
+
+
+def _checkpoint_inside(
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    context_fn: Callable[[], tuple[Any, Any]] = plain.noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Both variants do the same here, and the function is not called again, so that nothing needs to be checked."""
+
+    def in_context(*args: Any, **kwargs: Any) -> Any:
+        with _without_policy(context_fn()[0]):
+            return function(*args, **kwargs)
+
+    return remat(in_context, preserve_rng_state, lambda: _without_policy(context_fn()[1]))(*args, **kwargs)
+
+
+def _without_policy(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+    """The context, unless it is a policy's: what that would keep is of no use at another level. All is recomputed."""
+    is_policy = isinstance(context, (plain._CachingTorchDispatchMode, plain._CachedTorchDispatchMode))
+    return nullcontext() if is_policy else context
+
+
+def _apply_on_tape(level: _C.TapeLevel, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A Function is one step of the tape: its derivative is its own at every level."""
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+    tensors = [args[i] for i in places]
+    others = [None if isinstance(arg, Tensor) else arg for arg in args]
+
+    def apply(tensors: list[Tensor]) -> Any:
+        given = list(others)
+        for i, tensor in zip(places, tensors, strict=True):
+            given[i] = tensor
+        return cls.apply(*given, **kwargs)
+
+    def tensors_of(outputs: Any) -> list[Tensor]:
+        return [leaf for leaf in _tree.flatten(outputs)[0] if isinstance(leaf, Tensor)]
+
+    versions = [tensor._version for tensor in tensors]
+    with _C.Below():
+        outputs = apply([level.value_of(tensor) for tensor in tensors])
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version and level.is_from_outside(tensor):
+            _checks.refuse_checkpointed_write(cls.__name__, tensor)
+    lifted = iter(level.record(lambda tensors: tensors_of(apply(tensors)), tensors, tensors_of(outputs)))
+    return _tree.map_tensors(lambda _: next(lifted), outputs)
+
+
+def install() -> None:
+    """Make `torch.utils.checkpoint.checkpoint` know levels, also where it has been imported before."""
+    setattr(_undecorated, _ENTRY, _checkpoint)
+    apply_elsewhere = Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        level = _C.current_level()
+        if isinstance(level, _C.TapeLevel):
+            return _apply_on_tape(level, cls, args, kwargs)
+        return apply_elsewhere(cls, *args, **kwargs)
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
