@@ -67,7 +67,7 @@ def vmap(
         if chunk_size is None or batch_size <= chunk_size:
             return _map(func, leaves, spec, dims, batch_size, out_dims, mode, kwargs)
         outputs = []
-        chunks = _C.Chunks(batch_size, _generators_in_use())
+        chunks = _C.Chunks(batch_size, generators_in_use())
         for start in range(0, batch_size, chunk_size):
             size = min(chunk_size, batch_size - start)
             chunk = [
@@ -108,7 +108,7 @@ def map_chunks(
     func: Callable[..., Any], chunks: Iterable[Sequence[Tensor]], batch_size: int, out_dims: Any, randomness: str
 ) -> list[Any]:
     """What ``func`` returns for each chunk of its arguments, mapped over dimension 0, of a batch of ``batch_size``."""
-    shared = _C.Chunks(batch_size, _generators_in_use())
+    shared = _C.Chunks(batch_size, generators_in_use())
     outputs = []
     for chunk in chunks:
         leaves, spec = _tree.flatten(tuple(chunk))
@@ -128,7 +128,8 @@ def map_as(level: _C.VmapLevel, func: Callable[..., Any], in_dims: Any) -> Calla
     return mapped
 
 
-def _generators_in_use() -> list[torch.Generator]:
+def generators_in_use() -> list[torch.Generator]:
+    """The generators that random operators draw from if they are given none."""
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [torch.default_generator, *cuda]
 
