@@ -51,20 +51,19 @@ def hvp(
         >>> product
         tensor([ 6., 12.])
     """
-    return _hvp("hvp", func, primals, vectors, has_aux, kwargs)
+    return _hvp(func, primals, vectors, has_aux, kwargs)
 
 
 def _run_hvp(
-    transform: str,
     func: Callable[..., Any],
     primals: tuple[Any, ...],
     vectors: tuple[Any, ...],
     has_aux: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    _checks.check_callable(transform, func)
-    gradient = _gradient(transform, func, has_aux, kwargs)
-    _, product, (value, aux) = push_forward(transform, gradient, primals, vectors, "vectors", has_aux=True)
+    _checks.check_callable("hvp", func)
+    gradient = _gradient("hvp", func, has_aux, kwargs)
+    _, product, (value, aux) = push_forward("hvp", gradient, primals, vectors, "vectors", has_aux=True)
     return (value, product, aux) if has_aux else (value, product)
 
 
@@ -119,22 +118,23 @@ def vhp(
         >>> product
         tensor([ 6., 12.])
     """
-    return _vhp(func, primals, vectors, has_aux, kwargs)
+    return _vhp("vhp", func, primals, vectors, has_aux, kwargs)
 
 
 def _run_vhp(
+    transform: str,
     func: Callable[..., Any],
     primals: tuple[Any, ...],
     vectors: tuple[Any, ...],
     has_aux: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    _checks.check_callable("vhp", func)
-    _checks.check_argument_tuple("vhp", "primals", primals)
-    _checks.check_argument_tuple("vhp", "vectors", vectors)
-    gradient = _gradient("vhp", func, has_aux, kwargs)
-    _, (value, aux), pullback = output_and_pullback("vhp", gradient, primals, True, {})
-    leaves = _tree.leaves_like("vhp", "vectors", vectors, "primals", pullback.primals, pullback.primals_spec)
+    _checks.check_callable(transform, func)
+    _checks.check_argument_tuple(transform, "primals", primals)
+    _checks.check_argument_tuple(transform, "vectors", vectors)
+    gradient = _gradient(transform, func, has_aux, kwargs)
+    _, (value, aux), pullback = output_and_pullback(transform, gradient, primals, True, {})
+    leaves = _tree.leaves_like(transform, "vectors", vectors, "primals", pullback.primals, pullback.primals_spec)
     product = _tree.unflatten(pullback.pull(leaves, keep_graph=False), pullback.primals_spec)
     return (value, product, aux) if has_aux else (value, product)
 
@@ -152,7 +152,7 @@ def gnvp(
     """Evaluate a loss of a model's output and the product of its generalised Gauss-Newton matrix with a vector.
 
     For ``model: x[n] -> z[m]`` with Jacobian ``J[m,n]``, and ``loss: z[m] -> y[]`` with Hessian ``H[m,m]``, returns
-    ``y`` and ``J.T @ H @ J @ v``. That is the Hessian of the composition without the second derivatives of the model, and
+    ``y`` and ``J.T @ H @ J @ v``: the Hessian of the composition without the second derivatives of the model,
     positive semi-definite if the loss is convex. The model is evaluated once.
 
     Args:
@@ -200,7 +200,8 @@ def _run_gnvp(
 
     output, tangent, pullback = push_forward("gnvp", forward, primals, vectors, "vectors", has_aux=True)
     _checks.check_model_output(model, pullback.outputs, _tree.paths(output))
-    value, (cotangent,) = _run_hvp("gnvp", loss, (output,), (tangent,), False, {})
+    # A loss is small beside its model, so reverse over reverse, which more operators have.
+    value, (cotangent,) = _run_vhp("gnvp", loss, (output,), (tangent,), False, {})
     product = pullback.pull(_tree.flatten(cotangent)[0], keep_graph=False)
     return value, _tree.unflatten(product, pullback.primals_spec)
 
