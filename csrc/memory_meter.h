@@ -10,14 +10,17 @@
 
 namespace functorch_lite {
 
-// Allocators report to whatever is installed as the thread's profiler. A profiler of the user's, which expects to find
-// itself there, does not see the operators that are measured.
+// Allocators report to whatever is installed as the thread's profiler, from where it is passed on to what was there
+// before: another meter, or a profiler of the user's. That expects to find itself there when an operator begins, so it
+// does not see the operators that are measured.
 class MemoryMeter {
  public:
   explicit MemoryMeter(c10::DeviceType device) : counter_(std::make_shared<Counter>(device)) {}
 
   void start() {
     without_profiler_.emplace();
+    const auto before = c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE);
+    counter_->before = dynamic_cast<c10::MemoryReportingInfoBase*>(before);
     installed_.emplace(c10::DebugInfoKind::PROFILER_STATE, counter_);
   }
   void stop() {
@@ -31,13 +34,17 @@ class MemoryMeter {
  private:
   struct Counter final : c10::MemoryReportingInfoBase {
     explicit Counter(c10::DeviceType type) : device(type) {}
-    void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device where) override {
+    void reportMemoryUsage(void* memory, int64_t bytes, size_t allocated, size_t reserved, c10::Device where) override {
+      if (before != nullptr && before->memoryProfilingEnabled()) {
+        before->reportMemoryUsage(memory, bytes, allocated, reserved, where);
+      }
       if (where.type() != device) return;
       live += bytes;
       peak = std::max(peak, live);
     }
     bool memoryProfilingEnabled() const override { return true; }
 
+    c10::MemoryReportingInfoBase* before = nullptr;
     c10::DeviceType device;
     int64_t live = 0;
     int64_t peak = 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ def apply_to_basis(
     if not isinstance(chunk_size, int) or total <= chunk_size:
         pieces = [whole(*_basis(leaves, 0, total))]
     else:
-        starts = range(0, total, chunk_size)
-        chunks = (_basis(leaves, start, min(start + chunk_size, total)) for start in starts)
-        pieces = map_chunks(linear, chunks, total, out_dims, randomness)
+        pieces = map_chunks(linear, partial(_basis, leaves), total, chunk_size, out_dims, randomness)
     aux = pieces[0][1] if has_aux else None
     rows = [piece[0] for piece in pieces] if has_aux else pieces
     return rows[0] if len(rows) == 1 else [torch.cat(parts) for parts in zip(*rows, strict=True)], aux

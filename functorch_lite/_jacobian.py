@@ -142,14 +142,18 @@ def _by_rows(pullback: Pullback, arguments: _tree.Arguments, chunk_size: ChunkSi
 
 
 def _from_columns(
-    columns: Sequence[Tensor], primals: Sequence[Tensor], spec: _tree.Spec, arguments: _tree.Arguments
+    columns: Sequence[Tensor],
+    primals: Sequence[Tensor],
+    spec: _tree.Spec,
+    arguments: _tree.Arguments,
+    dtype: Callable[[Tensor, Tensor], torch.dtype] = lambda column, primal: column.dtype,
 ) -> list[Any]:
     """For each output its block of the Jacobian, from its derivatives column[n,*] in the n directions."""
     sizes = [primal.numel() for primal in primals]
     blocks = []
     for column in columns:
         shaped = [
-            part.movedim(0, -1).reshape(column.shape[1:] + primal.shape)
+            part.movedim(0, -1).reshape(column.shape[1:] + primal.shape).to(dtype(column, primal))
             for part, primal in zip(_parts(column, sizes), primals, strict=True)
         ]
         blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
@@ -280,6 +284,11 @@ def hessian(
     return _forward("hessian", gradient, argnums, has_aux, randomness, chunk_size)
 
 
+def _dtype_of_rows(column: Tensor, primal: Tensor) -> torch.dtype:
+    """The dtype that reverse mode gives a block: it must not depend on which mode is cheaper."""
+    return primal.dtype.to_complex() if column.is_complex() else primal.dtype
+
+
 def _cheaper(
     transform: str, func: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, chunk_size: ChunkSize
 ) -> Callable[..., tuple[Any, Any, Any]]:
@@ -297,7 +306,7 @@ def _cheaper(
             return value, aux, _by_rows(pullback, arguments, chunk_size)
         pushforward = Pushforward(pullback)
         columns, _ = apply_to_basis(lambda *tangents: pushforward.push(tangents), primals, chunk_size)
-        blocks = _from_columns(columns, primals, pullback.primals_spec, arguments)
+        blocks = _from_columns(columns, primals, pullback.primals_spec, arguments, dtype=_dtype_of_rows)
         return value, aux, _tree.unflatten(blocks, pullback.output_spec)
 
     return run

@@ -18,11 +18,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @contextmanager
 def memory_budget(nbytes: int) -> Iterator[None]:
-    """Set what ``chunk_size="auto"`` may use, in bytes, for the enclosed code of this thread.
+    """Set how many bytes ``chunk_size="auto"`` may use, for the enclosed code of this thread.
 
-    It counts all that is allocated while a Jacobian is computed, the Jacobian included, and not what there was before.
-    Without it the budget is half of the memory that is available at the time. At least one row is computed at a time,
-    whether or not it fits.
+    The budget is for the passes of a Jacobian and the Jacobian itself, which is there twice when its chunks are joined.
+    What the function has saved for the passes comes on top. At least one row is computed at a time, whether or not it
+    fits. Without a budget it is half of the memory that is available when the passes begin.
 
     Args:
         nbytes: A positive number of bytes.
