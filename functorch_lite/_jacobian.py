@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from functorch_lite import _C, _checks, _tree
 from functorch_lite._basis import ChunkSize, apply_to_basis
 from functorch_lite._boundary import boundary
+from functorch_lite._jacobian_blocks import by_rows, dtype_of_rows, from_columns, needs_imaginary_rows
 from functorch_lite._jvp import jvp
 from functorch_lite._linear import Pushforward
-from functorch_lite._vjp import Pullback, value_and_pullback
-
-
-def _parts(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return (rows,) if len(sizes) == 1 else rows.split(sizes)
+from functorch_lite._vjp import value_and_pullback
 
 
 def _check_holomorphic(transform: str, primals: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -98,66 +94,10 @@ def _reverse(
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         _, aux, pullback, arguments = value_and_pullback(transform, func, argnums, has_aux, args, kwargs)
         _check_holomorphic(transform, pullback.primals, pullback.outputs)
-        result = _by_rows(pullback, arguments, chunk_size)
+        result = by_rows(pullback, arguments, chunk_size)
         return (result, aux) if has_aux else result
 
     return boundary(jacobian, like=func)
-
-
-def _needs_imaginary_rows(pullback: Pullback) -> bool:
-    """A complex output of a real input: one pass for the real part of the derivative, one for the imaginary part."""
-    return any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
-
-
-def _by_rows(pullback: Pullback, arguments: _tree.Arguments, chunk_size: ChunkSize) -> Any:
-    """The Jacobian at the point of a pullback, in reverse mode."""
-    sizes = [output.numel() for output in pullback.outputs]
-
-    # rows[k]: [number of outputs, *shape of primal k]
-    def rows_for(unit: complex) -> list[tuple[Tensor, ...]]:
-        def linear(*cotangents: Tensor) -> list[Tensor]:
-            if unit != 1:
-                cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
-            return pullback.pull(cotangents, keep_graph=True)
-
-        # Nothing draws in a backward pass but a checkpoint, which computes the forward pass again.
-        rows, _ = apply_to_basis(linear, pullback.outputs, chunk_size, randomness="same")
-        return [_parts(row, sizes) for row in rows]
-
-    rows = rows_for(1) if pullback.outputs else []
-    imaginary_rows = rows_for(1j) if _needs_imaginary_rows(pullback) else rows
-    blocks = []
-    for i, output in enumerate(pullback.outputs):
-        shaped = []
-        for primal, parts, imaginary_parts in zip(pullback.primals, rows, imaginary_rows, strict=True):
-            block = parts[i]
-            if primal.is_complex():
-                block = block.conj()
-            elif output.is_complex():
-                block = torch.complex(block, imaginary_parts[i])
-            shape = output.shape + primal.shape
-            shaped.append(block if block.shape == shape else block.reshape(shape))
-        blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
-    return _tree.unflatten(blocks, pullback.output_spec)
-
-
-def _from_columns(
-    columns: Sequence[Tensor],
-    primals: Sequence[Tensor],
-    spec: _tree.Spec,
-    arguments: _tree.Arguments,
-    dtype: Callable[[Tensor, Tensor], torch.dtype] = lambda column, primal: column.dtype,
-) -> list[Any]:
-    """For each output its block of the Jacobian, from its derivatives column[n,*] in the n directions."""
-    sizes = [primal.numel() for primal in primals]
-    blocks = []
-    for column in columns:
-        shaped = [
-            part.movedim(0, -1).reshape(column.shape[1:] + primal.shape).to(dtype(column, primal))
-            for part, primal in zip(_parts(column, sizes), primals, strict=True)
-        ]
-        blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
-    return blocks
 
 
 def jacfwd(
@@ -237,7 +177,7 @@ def _forward(
             return (derivatives, aux[0]) if has_aux else derivatives
 
         columns, aux = apply_to_basis(linear, primals, chunk_size, has_aux=has_aux, randomness=randomness)
-        result = _tree.unflatten(_from_columns(columns, primals, spec, arguments), seen["spec"])
+        result = _tree.unflatten(from_columns(columns, primals, spec, arguments), seen["spec"])
         return (result, aux) if has_aux else result
 
     return boundary(jacobian, like=func)
@@ -284,11 +224,6 @@ def hessian(
     return _forward("hessian", gradient, argnums, has_aux, randomness, chunk_size)
 
 
-def _dtype_of_rows(column: Tensor, primal: Tensor) -> torch.dtype:
-    """The dtype that reverse mode gives a block: it must not depend on which mode is cheaper."""
-    return primal.dtype.to_complex() if column.is_complex() else primal.dtype
-
-
 def _cheaper(
     transform: str, func: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, chunk_size: ChunkSize
 ) -> Callable[..., tuple[Any, Any, Any]]:
@@ -301,12 +236,12 @@ def _cheaper(
         primals, outputs = pullback.primals, pullback.outputs
         _check_holomorphic(transform, primals, outputs)
         n_columns = sum(primal.numel() for primal in primals)
-        n_rows = sum(output.numel() for output in outputs) * (1 + _needs_imaginary_rows(pullback))
+        n_rows = sum(output.numel() for output in outputs) * (1 + needs_imaginary_rows(pullback))
         if n_rows <= n_columns or not primals:
-            return value, aux, _by_rows(pullback, arguments, chunk_size)
+            return value, aux, by_rows(pullback, arguments, chunk_size)
         pushforward = Pushforward(pullback)
         columns, _ = apply_to_basis(lambda *tangents: pushforward.push(tangents), primals, chunk_size)
-        blocks = _from_columns(columns, primals, pullback.primals_spec, arguments, dtype=_dtype_of_rows)
+        blocks = from_columns(columns, primals, pullback.primals_spec, arguments, dtype=dtype_of_rows)
         return value, aux, _tree.unflatten(blocks, pullback.output_spec)
 
     return run
