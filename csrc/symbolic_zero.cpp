@@ -20,6 +20,9 @@ struct Operators {
   c10::OperatorHandle div = find_operator("div.Tensor");
   c10::OperatorHandle add = find_operator("add.Tensor");
   c10::OperatorHandle sub = find_operator("sub.Tensor");
+  c10::OperatorHandle mm = find_operator("mm");
+  c10::OperatorHandle bmm = find_operator("bmm");
+  c10::OperatorHandle mv = find_operator("mv");
 };
 
 const Operators& operators() {
@@ -65,6 +68,24 @@ at::Tensor sum_with_zero(const Arithmetic& sum, const at::Scalar& factor_of_b) {
   return at::mul(term, factor_of_b);
 }
 
+// Matrix products a[*,n,k] b[*,k,m] and a[n,k] b[k] in which one is zero. Computing them would need the zeros of a
+// weight, and under vmap one for each example.
+bool try_zero_matrix_product(const c10::OperatorHandle& op, Stack& stack, Level& level) {
+  const auto& known = operators();
+  const bool by_vector = op == known.mv;
+  if (!by_vector && op != known.mm && op != known.bmm) return false;
+  const auto& a = stack[stack.size() - 2].toTensor();
+  const auto& b = stack[stack.size() - 1].toTensor();
+  if (a.scalar_type() != b.scalar_type()) return false;
+  auto sizes = a.sym_sizes().vec();
+  sizes.pop_back();
+  if (!by_vector) sizes.push_back(b.sym_size(-1));
+  auto zero = make_symbolic_zero(sizes, a.scalar_type(), a.device(), level);
+  torch::jit::drop(stack, 2);
+  torch::jit::push(stack, std::move(zero));
+  return true;
+}
+
 }  // namespace
 
 bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level) {
@@ -106,6 +127,7 @@ bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& le
 }
 
 bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level) {
+  if (try_zero_matrix_product(op, stack, level)) return true;
   const auto& known = operators();
   const bool multiplies = op == known.mul || op == known.div;
   const bool adds = op == known.add || op == known.sub;
