@@ -21,8 +21,10 @@ struct Operators {
   c10::OperatorHandle add = find_operator("add.Tensor");
   c10::OperatorHandle sub = find_operator("sub.Tensor");
   c10::OperatorHandle mm = find_operator("mm");
-  c10::OperatorHandle bmm = find_operator("bmm");
   c10::OperatorHandle mv = find_operator("mv");
+  c10::OperatorHandle bmm = find_operator("bmm");
+  c10::OperatorHandle dot = find_operator("dot");
+  c10::OperatorHandle vdot = find_operator("vdot");
 };
 
 const Operators& operators() {
@@ -68,22 +70,20 @@ at::Tensor sum_with_zero(const Arithmetic& sum, const at::Scalar& factor_of_b) {
   return at::mul(term, factor_of_b);
 }
 
-// Matrix products a[*,n,k] b[*,k,m] and a[n,k] b[k] in which one is zero. Computing them would need the zeros of a
-// weight, and under vmap one for each example.
-bool try_zero_matrix_product(const c10::OperatorHandle& op, Stack& stack, Level& level) {
+// The sizes of a product of matrices or vectors; none for another operator, or if the arguments do not fit.
+std::optional<std::vector<c10::SymInt>> sizes_of_product(const c10::OperatorHandle& op, const at::Tensor& a,
+                                                         const at::Tensor& b) {
   const auto& known = operators();
-  const bool by_vector = op == known.mv;
-  if (!by_vector && op != known.mm && op != known.bmm) return false;
-  const auto& a = stack[stack.size() - 2].toTensor();
-  const auto& b = stack[stack.size() - 1].toTensor();
-  if (a.scalar_type() != b.scalar_type()) return false;
-  auto sizes = a.sym_sizes().vec();
-  sizes.pop_back();
-  if (!by_vector) sizes.push_back(b.sym_size(-1));
-  auto zero = make_symbolic_zero(sizes, a.scalar_type(), a.device(), level);
-  torch::jit::drop(stack, 2);
-  torch::jit::push(stack, std::move(zero));
-  return true;
+  const auto fits = [&](int64_t rank_a, int64_t rank_b) {
+    return a.dim() == rank_a && b.dim() == rank_b && a.scalar_type() == b.scalar_type() &&
+           a.sym_size(-1) == b.sym_size(rank_b == 1 ? 0 : -2);
+  };
+  using Sizes = std::vector<c10::SymInt>;
+  if (op == known.mm && fits(2, 2)) return Sizes{a.sym_size(0), b.sym_size(1)};
+  if (op == known.mv && fits(2, 1)) return Sizes{a.sym_size(0)};
+  if (op == known.bmm && fits(3, 3)) return Sizes{a.sym_size(0), a.sym_size(1), b.sym_size(2)};
+  if ((op == known.dot || op == known.vdot) && fits(1, 1)) return Sizes{};
+  return std::nullopt;
 }
 
 }  // namespace
@@ -127,8 +127,17 @@ bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& le
 }
 
 bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level) {
-  if (try_zero_matrix_product(op, stack, level)) return true;
   const auto& known = operators();
+  if (op == known.mm || op == known.mv || op == known.bmm || op == known.dot || op == known.vdot) {
+    const auto* factors = stack.data() + stack.size() - 2;
+    const auto& a = factors[0].toTensor();
+    const auto sizes = sizes_of_product(op, a, factors[1].toTensor());
+    if (!sizes.has_value()) return false;
+    auto zero = make_symbolic_zero(*sizes, a.scalar_type(), a.device(), level);
+    torch::jit::drop(stack, 2);
+    torch::jit::push(stack, std::move(zero));
+    return true;
+  }
   const bool multiplies = op == known.mul || op == known.div;
   const bool adds = op == known.add || op == known.sub;
   if (!multiplies && !adds) return false;
