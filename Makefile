@@ -50,9 +50,10 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure what an operator costs under each transform, and the batching rules
+bench: build/ready  ## Measure what an operator costs under each transform, and the batching rules, and linearize
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/rules.py
+	@$(PY) benchmarks/linearize.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py

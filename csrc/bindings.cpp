@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
+#include "memory_meter.h"
 #include "rule.h"
 #include "tape.h"
 #include "vmap_level.h"
@@ -240,6 +241,20 @@ PYBIND11_MODULE(_C, m) {
       .def("__enter__", &BelowContext::enter)
       .def("__exit__",
            [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
+  py::class_<MemoryMeter>(m, "MemoryMeter")
+      .def(py::init([](const at::Device& device) { return std::make_unique<MemoryMeter>(device.type()); }))
+      .def(
+          "__enter__",
+          [](MemoryMeter& meter) -> MemoryMeter& {
+            meter.start();
+            return meter;
+          },
+          py::return_value_policy::reference)
+      .def("__exit__",
+           [](MemoryMeter& meter, const py::object&, const py::object&, const py::object&) { meter.stop(); })
+      .def_property_readonly("live", &MemoryMeter::live)
+      .def_property_readonly("peak", &MemoryMeter::peak);
+
   m.def("current_level", &innermost_level);
   m.def("is_differentiated_below", &is_differentiated_below);
 

@@ -3,9 +3,12 @@
 from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
-from functorch_lite._jacobian import hessian, jacfwd, jacrev
+from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jvp import jvp
+from functorch_lite._linear import linear_transpose, linearize
+from functorch_lite._memory_budget import memory_budget
 from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functorch_lite._products import gnvp, hvp, vhp
 from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
 from functorch_lite._vmap import vmap
 
@@ -13,17 +16,25 @@ __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
     "functional_call",
+    "gnvp",
     "grad",
     "grad_and_value",
     "hessian",
+    "hvp",
     "jacfwd",
+    "jacobian",
     "jacrev",
     "jvp",
     "level_depth",
+    "linear_transpose",
+    "linearize",
     "make_fx",
+    "memory_budget",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "value_and_grad",
+    "value_and_jacobian",
+    "vhp",
     "vjp",
     "vmap",
 ]

@@ -114,11 +114,15 @@ def check_callable(transform: str, func: Any) -> None:
         refuse_type(f"{transform}: expected a function as first argument, got {type(func).__name__}.")
 
 
+#: Transforms that differentiate all arguments of a function, and have no argnums.
+_GIVEN_PRIMALS = ("vjp", "jvp", "linearize", "linear_transpose", "hvp", "vhp", "gnvp")
+
+
 def check_differentiable(transform: str, leaf: Any, name: str) -> None:
     """Require a real or complex tensor."""
     way_out = (
         f"capture it in the function, as in {transform}(lambda x: f(x, constant), ...)"
-        if transform in ("vjp", "jvp")
+        if transform in _GIVEN_PRIMALS
         else "leave the argument out of argnums"
     )
     if not isinstance(leaf, Tensor):
@@ -138,6 +142,37 @@ def check_pair(transform: str, func: Any, output: Any) -> None:
     if not (isinstance(output, tuple) and len(output) == 2):
         got = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
         refuse_type(f"{transform}: has_aux=True expects {name_of(func)} to return (output, aux), got {got}.")
+
+
+def check_some_primals(transform: str, func: Any, primals: tuple[Any, ...]) -> None:
+    """Require something to differentiate with respect to."""
+    if not primals:
+        raise ValueError(f"{transform}: {name_of(func)} was given no primals to differentiate.")
+
+
+def check_argument_tuple(transform: str, name: str, given: Any) -> None:
+    """Require a tuple of positional arguments."""
+    if not isinstance(given, tuple) or not given:
+        got = "an empty tuple" if isinstance(given, tuple) else type(given).__name__
+        refuse_type(f"{transform}: {name} must be a tuple with an entry for each argument, got {got}.")
+
+
+def check_no_options(called: str, what: str, options: dict[str, Any]) -> None:
+    """Refuse the options that torch.autograd.grad would take."""
+    if options:
+        refuse_type(
+            f"{called}: takes {what} by position only, got the keyword argument {next(iter(options))!r}. It may "
+            f"be called many times and be differentiated as it is: options such as retain_graph are not needed."
+        )
+
+
+def refuse_nonlinear(func: Any) -> NoReturn:
+    """Raise: a function was found not to be linear."""
+    raise ValueError(
+        f"linear_transpose: {name_of(func)} is not linear: its value at ones is not its derivative times ones. Use "
+        f"vjp for the transposed derivative at a point, and leave out constant terms: only the linear part of "
+        f"x -> A x + b has a transpose."
+    )
 
 
 def check_scalar_output(transform: str, func: Any, output: Any) -> None:
@@ -163,6 +198,16 @@ def check_scalar_output(transform: str, func: Any, output: Any) -> None:
             f"{transform}: {name_of(func)} returned dtype {output.dtype}, which has no gradient. Return a "
             f"floating-point number."
         )
+
+
+def check_model_output(model: Any, leaves: Sequence[Tensor], paths: Sequence[str]) -> None:
+    """Require numbers that a loss has a second derivative with respect to."""
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            refuse_type(
+                f"gnvp: output{path} of {name_of(model)} has dtype {leaf.dtype}, and the loss cannot be differentiated "
+                f"with respect to it. Return floating-point or complex tensors only."
+            )
 
 
 def check_tensor_outputs(transform: str, func: Any, leaves: Sequence[Any], paths: Sequence[str]) -> None:
@@ -219,6 +264,27 @@ def check_chunk_size(transform: str, chunk_size: Any) -> None:
         return
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size <= 0:
         raise ValueError(f"{transform}: chunk_size must be None or a positive int, got {chunk_size!r}.")
+
+
+def check_chunk_size_or_auto(transform: str, chunk_size: Any) -> None:
+    """Require None, "auto" or a positive int."""
+    valid = chunk_size is None or (isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0)
+    if not valid and chunk_size != "auto":
+        raise ValueError(f"{transform}: chunk_size must be None, 'auto' or a positive int, got {chunk_size!r}.")
+
+
+def check_memory_budget(nbytes: Any) -> None:
+    """Require a positive number of bytes."""
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes <= 0:
+        raise ValueError(f"memory_budget: expected a positive int, a number of bytes, got {nbytes!r}.")
+
+
+def refuse_unknown_memory(device: Any) -> NoReturn:
+    """Raise: nothing tells how much memory a device has left."""
+    raise NotImplementedError(
+        f"chunk_size='auto': the memory that is available on device {device} is not known here. Set it, as in "
+        f"with functorch_lite.memory_budget(nbytes): ..., or pass an int as chunk_size."
+    )
 
 
 def check_randomness(transform: str, randomness: Any) -> None:

@@ -5,65 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from functorch_lite import _C, _checks, _tree
+from functorch_lite._basis import ChunkSize, apply_to_basis
 from functorch_lite._boundary import boundary
+from functorch_lite._jacobian_blocks import by_rows, dtype_of_rows, from_columns, needs_imaginary_rows
 from functorch_lite._jvp import jvp
+from functorch_lite._linear import Pushforward
 from functorch_lite._vjp import value_and_pullback
-from functorch_lite._vmap import map_chunks, vmap
-
-
-def _basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Rows ``start`` to ``stop`` of the standard basis of the space of all leaves, split and shaped like them."""
-    if len(leaves) == 1:
-        leaf = leaves[0]
-        n = leaf.numel()
-        rows = torch.eye(n, dtype=leaf.dtype, device=leaf.device)
-        if stop - start < n:
-            rows = rows[start:stop]
-        return [rows if leaf.dim() == 1 else rows.view(stop - start, *leaf.shape)]
-    offset = 0
-    parts = []
-    for leaf in leaves:
-        n = leaf.numel()
-        rows = torch.zeros(stop - start, n, dtype=leaf.dtype, device=leaf.device)
-        first, last = max(start, offset), min(stop, offset + n)
-        if first < last:
-            rows[first - start : last - start, first - offset : last - offset].fill_diagonal_(1)
-        parts.append(rows.view(stop - start, *leaf.shape))
-        offset += n
-    return parts
-
-
-def _apply_to_basis(
-    linear: Callable[..., Any],
-    leaves: Sequence[Tensor],
-    chunk_size: int | None,
-    *,
-    has_aux: bool = False,
-    randomness: str = "error",
-) -> tuple[list[Tensor], Any]:
-    """``linear`` of every basis vector: for each of its results a tensor r[n,*], n counting all elements of the leaves.
-
-    With ``has_aux``, ``linear`` returns (results, aux), and aux must be the same for every vector.
-    """
-    out_dims = (0, None) if has_aux else 0
-    total = sum(leaf.numel() for leaf in leaves)
-    if chunk_size is None or total <= chunk_size:
-        pieces = [vmap(linear, out_dims=out_dims, randomness=randomness)(*_basis(leaves, 0, total))]
-    else:
-        starts = range(0, total, chunk_size)
-        chunks = (_basis(leaves, start, min(start + chunk_size, total)) for start in starts)
-        pieces = map_chunks(linear, chunks, total, out_dims, randomness)
-    aux = pieces[0][1] if has_aux else None
-    rows = [piece[0] for piece in pieces] if has_aux else pieces
-    return rows[0] if len(rows) == 1 else [torch.cat(parts) for parts in zip(*rows, strict=True)], aux
-
-
-def _parts(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return (rows,) if len(sizes) == 1 else rows.split(sizes)
 
 
 def _check_holomorphic(transform: str, primals: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -94,7 +44,7 @@ def jacrev(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func`` in reverse mode, one backward pass for each output.
 
@@ -105,7 +55,8 @@ def jacrev(
         func: Returns a pytree of tensors; with ``has_aux`` a pair (output, aux).
         argnums: Which positional arguments are differentiated; negative ones count from the end. Default 0.
         has_aux: Whether ``func`` also returns auxiliary output. Default False.
-        chunk_size: At most this many backward passes at once, to bound memory. Default None, all.
+        chunk_size: At most this many backward passes at once, to bound memory; ``"auto"`` for as many as fit into the
+            `memory_budget`. Default None, all.
 
     Returns:
         A function that returns the Jacobian: with the structure of the output, and in place of each of its tensors
@@ -127,7 +78,7 @@ def jacrev(
                 [0., 4.]])
     """
     _checks.check_callable("jacrev", func)
-    _checks.check_chunk_size("jacrev", chunk_size)
+    _checks.check_chunk_size_or_auto("jacrev", chunk_size)
     return _reverse("jacrev", func, argnums, has_aux, chunk_size)
 
 
@@ -136,42 +87,14 @@ def _reverse(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...],
     has_aux: bool,
-    chunk_size: int | None,
+    chunk_size: ChunkSize,
 ) -> Callable[..., Any]:
     """`jacrev`, with messages in the name of ``transform``."""
 
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         _, aux, pullback, arguments = value_and_pullback(transform, func, argnums, has_aux, args, kwargs)
         _check_holomorphic(transform, pullback.primals, pullback.outputs)
-        sizes = [output.numel() for output in pullback.outputs]
-
-        # rows[k]: [number of outputs, *shape of primal k]
-        def rows_for(unit: complex) -> list[tuple[Tensor, ...]]:
-            def linear(*cotangents: Tensor) -> list[Tensor]:
-                if unit != 1:
-                    cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
-                return pullback.pull(cotangents, keep_graph=True)
-
-            # Nothing draws in a backward pass but a checkpoint, which computes the forward pass again.
-            rows, _ = _apply_to_basis(linear, pullback.outputs, chunk_size, randomness="same")
-            return [_parts(row, sizes) for row in rows]
-
-        rows = rows_for(1) if pullback.outputs else []
-        mixed = any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
-        imaginary_rows = rows_for(1j) if mixed else rows
-        blocks = []
-        for i, output in enumerate(pullback.outputs):
-            shaped = []
-            for primal, parts, imaginary_parts in zip(pullback.primals, rows, imaginary_rows, strict=True):
-                block = parts[i]
-                if primal.is_complex():
-                    block = block.conj()
-                elif output.is_complex():
-                    block = torch.complex(block, imaginary_parts[i])
-                shape = output.shape + primal.shape
-                shaped.append(block if block.shape == shape else block.reshape(shape))
-            blocks.append(arguments.shaped(_tree.unflatten(shaped, pullback.primals_spec)))
-        result = _tree.unflatten(blocks, pullback.output_spec)
+        result = by_rows(pullback, arguments, chunk_size)
         return (result, aux) if has_aux else result
 
     return boundary(jacobian, like=func)
@@ -183,7 +106,7 @@ def jacfwd(
     has_aux: bool = False,
     *,
     randomness: str = "error",
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Callable[..., Any]:
     """Return a function that computes the Jacobian of ``func`` in forward mode, one pass for each input.
 
@@ -194,7 +117,7 @@ def jacfwd(
         argnums: As for `jacrev`.
         has_aux: As for `jacrev`.
         randomness: What random operators in ``func`` do between the passes, as for `vmap`. Default ``"error"``.
-        chunk_size: At most this many passes at once, to bound memory. Default None, all.
+        chunk_size: At most this many passes at once, or ``"auto"``, as for `jacrev`. Default None, all.
 
     Returns:
         As for `jacrev`.
@@ -211,7 +134,7 @@ def jacfwd(
                 [0., 4.]])
     """
     _checks.check_callable("jacfwd", func)
-    _checks.check_chunk_size("jacfwd", chunk_size)
+    _checks.check_chunk_size_or_auto("jacfwd", chunk_size)
     _checks.check_randomness("jacfwd", randomness)
     return _forward("jacfwd", func, argnums, has_aux, randomness, chunk_size)
 
@@ -222,7 +145,7 @@ def _forward(
     argnums: int | tuple[int, ...],
     has_aux: bool,
     randomness: str,
-    chunk_size: int | None,
+    chunk_size: ChunkSize,
 ) -> Callable[..., Any]:
     """`jacfwd`, with messages in the name of ``transform``."""
 
@@ -251,20 +174,10 @@ def _forward(
             _check_holomorphic(transform, primals, outputs)
             if has_aux:
                 _check_aux(transform, aux[0])
-            seen["shapes"] = [output.shape for output in outputs]
             return (derivatives, aux[0]) if has_aux else derivatives
 
-        columns, aux = _apply_to_basis(linear, primals, chunk_size, has_aux=has_aux, randomness=randomness)
-        sizes = [primal.numel() for primal in primals]
-        blocks = []
-        for shape, column in zip(seen["shapes"], columns, strict=True):
-            # column: [number of inputs, *shape of the output]
-            shaped = [
-                part.movedim(0, -1).reshape(shape + primal.shape)
-                for part, primal in zip(_parts(column, sizes), primals, strict=True)
-            ]
-            blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
-        result = _tree.unflatten(blocks, seen["spec"])
+        columns, aux = apply_to_basis(linear, primals, chunk_size, has_aux=has_aux, randomness=randomness)
+        result = _tree.unflatten(from_columns(columns, primals, spec, arguments), seen["spec"])
         return (result, aux) if has_aux else result
 
     return boundary(jacobian, like=func)
@@ -275,7 +188,7 @@ def hessian(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     randomness: str = "error",
 ) -> Callable[..., Any]:
     """Return a function that computes the Hessian of ``func``: forward mode over reverse mode.
@@ -287,7 +200,7 @@ def hessian(
         func: As for `jacrev`.
         argnums: As for `jacrev`. A tuple of k gives k by k blocks, as nested tuples.
         has_aux: As for `jacrev`.
-        chunk_size: At most this many forward passes at once, to bound memory. Default None, all.
+        chunk_size: At most this many forward passes at once, or ``"auto"``, as for `jacrev`. Default None, all.
         randomness: As for `jacfwd`.
 
     Returns:
@@ -305,7 +218,110 @@ def hessian(
                 [ 0., 12.]])
     """
     _checks.check_callable("hessian", func)
-    _checks.check_chunk_size("hessian", chunk_size)
+    _checks.check_chunk_size_or_auto("hessian", chunk_size)
     _checks.check_randomness("hessian", randomness)
     gradient = _reverse("hessian", func, argnums, has_aux, None)
     return _forward("hessian", gradient, argnums, has_aux, randomness, chunk_size)
+
+
+def _cheaper(
+    transform: str, func: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, chunk_size: ChunkSize
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """A function that returns (value, aux, Jacobian), by rows or by columns, whichever are fewer."""
+    _checks.check_callable(transform, func)
+    _checks.check_chunk_size_or_auto(transform, chunk_size)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        value, aux, pullback, arguments = value_and_pullback(transform, func, argnums, has_aux, args, kwargs)
+        primals, outputs = pullback.primals, pullback.outputs
+        _check_holomorphic(transform, primals, outputs)
+        n_columns = sum(primal.numel() for primal in primals)
+        n_rows = sum(output.numel() for output in outputs) * (1 + needs_imaginary_rows(pullback))
+        if n_rows <= n_columns or not primals:
+            return value, aux, by_rows(pullback, arguments, chunk_size)
+        pushforward = Pushforward(pullback)
+        columns, _ = apply_to_basis(lambda *tangents: pushforward.push(tangents), primals, chunk_size)
+        blocks = from_columns(columns, primals, pullback.primals_spec, arguments, dtype=dtype_of_rows)
+        return value, aux, _tree.unflatten(blocks, pullback.output_spec)
+
+    return run
+
+
+def jacobian(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: ChunkSize = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the Jacobian of ``func``, in the mode that takes fewer passes.
+
+    ``func`` is evaluated once. If it has no more outputs than inputs, counting elements, there is a backward pass for
+    each output, as in `jacrev`. Otherwise there is one for each input, of the linear map that `linearize` records: the
+    backward pass of every operator in ``func`` has to be differentiable. `jacfwd` gives the same, keeps nothing of
+    ``func`` in memory, and evaluates it in each chunk.
+
+    Args:
+        func: As for `jacrev`.
+        argnums: As for `jacrev`.
+        has_aux: As for `jacrev`.
+        chunk_size: At most this many passes at once, or ``"auto"``, as for `jacrev`. Default None, all.
+
+    Returns:
+        As for `jacrev`.
+
+    Raises:
+        TypeError: As for `jacrev`.
+        ValueError: As for `jacrev`.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite import jacobian
+        >>> jacobian(lambda x: x**2)(torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    run = _cheaper("jacobian", func, argnums, has_aux, chunk_size)
+
+    def matrix(*args: Any, **kwargs: Any) -> Any:
+        _, aux, result = run(*args, **kwargs)
+        return (result, aux) if has_aux else result
+
+    return boundary(matrix, like=func)
+
+
+def value_and_jacobian(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: ChunkSize = None,
+) -> Callable[..., Any]:
+    """Return a function that computes the value and the Jacobian of ``func``, which it evaluates once.
+
+    Args:
+        func: As for `jacrev`.
+        argnums: As for `jacrev`.
+        has_aux: As for `jacrev`.
+        chunk_size: As for `jacobian`.
+
+    Returns:
+        A function that returns (value, Jacobian), or ((value, aux), Jacobian). The Jacobian is that of `jacobian`.
+
+    Raises:
+        TypeError: As for `jacrev`.
+        ValueError: As for `jacrev`.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite import value_and_jacobian
+        >>> value_and_jacobian(lambda x: x.sum() ** 2)(torch.tensor([1.0, 2.0]))
+        (tensor(9.), tensor([6., 6.]))
+    """
+    run = _cheaper("value_and_jacobian", func, argnums, has_aux, chunk_size)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        value, aux, result = run(*args, **kwargs)
+        return ((value, aux) if has_aux else value), result
+
+    return boundary(both, like=func)

@@ -58,51 +58,55 @@ def _run_jvp(
     kwargs: dict[str, Any],
 ) -> Any:
     _checks.check_callable("jvp", func)
-    for name, given in (("primals", primals), ("tangents", tangents)):
-        if not isinstance(given, tuple) or not given:
-            got = "an empty tuple" if isinstance(given, tuple) else type(given).__name__
-            _checks.refuse_type(f"jvp: {name} must be a tuple with an entry for each argument, got {got}.")
+    output, tangents_out, aux = push_forward(
+        "jvp", func, primals, tangents, strict=strict, has_aux=has_aux, kwargs=kwargs
+    )
+    return (output, tangents_out, aux) if has_aux else (output, tangents_out)
+
+
+_jvp = boundary(_run_jvp)
+
+
+def push_forward(
+    transform: str,
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    called: str = "tangents",
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+    kwargs: dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any]:
+    """`jvp` in the name of ``transform``, which calls the tangents ``called``. Returns (output, tangents, aux)."""
+    _checks.check_argument_tuple(transform, "primals", primals)
+    _checks.check_argument_tuple(transform, called, tangents)
     flat_primals, spec = _tree.flatten(primals)
-    flat_tangents, tangents_spec = _tree.flatten(tangents)
-    _checks.check_same_structure("jvp", "the tangents", tangents_spec, spec, "the primals")
-    for i, (primal, tangent) in enumerate(zip(flat_primals, flat_tangents, strict=True)):
-        path = _tree.paths(primals)[i] if not _fits(primal, tangent) else ""
-        _checks.check_differentiable("jvp", primal, f"primals{path}")
-        _checks.check_like("jvp", f"tangents{path}", tangent, primal, f"primals{path}")
+    for i, primal in enumerate(flat_primals):
+        if not _tree.is_differentiable(primal):
+            _checks.check_differentiable(transform, primal, f"primals{_tree.paths(primals)[i]}")
+    flat_tangents = _tree.leaves_like(transform, called, tangents, "primals", flat_primals, spec)
 
     with _C.AutodiffLevel(True) as level:
         duals = [level.lift_dual(p, t) for p, t in zip(flat_primals, flat_tangents, strict=True)]
-        output = func(*_tree.unflatten(duals, spec), **kwargs)
+        output = func(*_tree.unflatten(duals, spec), **(kwargs or {}))
         aux = None
         if has_aux:
-            _checks.check_pair("jvp", func, output)
+            _checks.check_pair(transform, func, output)
             output, aux = output
             aux = _tree.map_tensors(level.value_of, aux)
         leaves, output_spec = _tree.flatten(output)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            _checks.check_tensor_outputs("jvp", func, leaves, _tree.paths(output))
+            _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
         values = [level.value_of(leaf) for leaf in leaves]
         results = [level.tangent_of(leaf) for leaf in leaves]
     if strict and any(tangent is None for tangent in results):
         path = _tree.paths(output)[results.index(None)]
         raise ValueError(
-            f"jvp: output{path} of {_checks.name_of(func)} does not depend on the primals, and strict=True. Pass "
-            f"strict=False for a tangent of zeros."
+            f"{transform}: output{path} of {_checks.name_of(func)} does not depend on the primals, and strict=True. "
+            f"Pass strict=False for a tangent of zeros."
         )
     tangents_out = [
         torch.zeros_like(value) if tangent is None else tangent for value, tangent in zip(values, results, strict=True)
     ]
-    result = _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec)
-    return (*result, aux) if has_aux else result
-
-
-def _fits(primal: Any, tangent: Any) -> bool:
-    return (
-        _tree.is_differentiable(primal)
-        and isinstance(tangent, Tensor)
-        and primal.shape == tangent.shape
-        and primal.dtype == tangent.dtype
-    )
-
-
-_jvp = boundary(_run_jvp)
+    return _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec), aux

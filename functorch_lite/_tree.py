@@ -144,3 +144,19 @@ class Arguments:
 def is_differentiable(leaf: object) -> bool:
     """Whether derivatives with respect to this leaf exist."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def is_like(leaf: object, expected: Tensor) -> bool:
+    """Whether this is a tensor of the other's shape and dtype."""
+    return isinstance(leaf, Tensor) and leaf.shape == expected.shape and leaf.dtype == expected.dtype
+
+
+def leaves_like(called: str, what: str, tree: Any, of: str, expected: Sequence[Tensor], spec: Spec) -> list[Tensor]:
+    """The leaves of a tree that must have the structure, shapes and dtypes of another."""
+    leaves, got = flatten(tree)
+    _checks.check_same_structure(called, f"the {what}", got, spec, f"the {of}")
+    for i, (leaf, other) in enumerate(zip(leaves, expected, strict=True)):
+        if not is_like(leaf, other):
+            path = paths(tree)[i]
+            _checks.check_like(called, f"{what}{path}", leaf, other, f"{of}{path}")
+    return leaves

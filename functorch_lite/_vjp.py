@@ -22,12 +22,13 @@ class Pullback:
         self, transform: str, func: Callable[..., Any], primals: tuple[Any, ...], names: Callable[[], list[str]]
     ) -> None:
         self._transform = transform
+        self.called = "vjp_fn"  # in messages
         self._level = _C.AutodiffLevel(False)
         self.primals, self.primals_spec = _tree.flatten(primals)
         for i, leaf in enumerate(self.primals):
             if not _tree.is_differentiable(leaf):
                 _checks.check_differentiable(transform, leaf, names()[i])
-        self._func = func
+        self.func = func
 
     def run(self, call: Callable[[Any], Any], has_aux: bool) -> tuple[Any, Any]:
         """Run the forward pass: ``call`` gets the lifted primals. Returns the output and aux as values."""
@@ -37,12 +38,12 @@ class Pullback:
             output = call(_tree.unflatten(self._inputs, self.primals_spec))
             aux = None
             if has_aux:
-                _checks.check_pair(self._transform, self._func, output)
+                _checks.check_pair(self._transform, self.func, output)
                 output, aux = output
                 aux = _tree.map_tensors(level.value_of, aux)
             self._outputs, self.output_spec = _tree.flatten(output)
             if not all(isinstance(leaf, Tensor) for leaf in self._outputs):
-                _checks.check_tensor_outputs(self._transform, self._func, self._outputs, _tree.paths(output))
+                _checks.check_tensor_outputs(self._transform, self.func, self._outputs, _tree.paths(output))
             self.outputs = [level.value_of(leaf) for leaf in self._outputs]
         return _tree.unflatten(self.outputs, self.output_spec), aux
 
@@ -55,18 +56,14 @@ class Pullback:
 
     def __call__(self, *cotangents: Any, **unknown: Any) -> Any:
         """Pull back cotangents with the structure of the output; a tuple output may be passed as several arguments."""
-        if unknown:
-            _checks.refuse_type(
-                f"vjp_fn: takes cotangents by position only, got the keyword argument {next(iter(unknown))!r}. It may "
-                f"be called many times and be differentiated as it is: options such as retain_graph are not needed."
-            )
+        _checks.check_no_options(self.called, "cotangents", unknown)
         given = cotangents[0] if len(cotangents) == 1 else cotangents
         leaves, spec = _tree.flatten(given)
-        _checks.check_same_structure("vjp_fn", "the cotangents", spec, self.output_spec, "the function's output")
+        _checks.check_same_structure(self.called, "the cotangents", spec, self.output_spec, "the function's output")
         for i, (leaf, output) in enumerate(zip(leaves, self.outputs, strict=True)):
-            if not isinstance(leaf, Tensor) or leaf.shape != output.shape or leaf.dtype != output.dtype:
+            if not _tree.is_like(leaf, output):
                 path = _tree.paths(given)[i]
-                _checks.check_like("vjp_fn", f"the cotangent{path}", leaf, output, f"output{path}")
+                _checks.check_like(self.called, f"the cotangent{path}", leaf, output, f"output{path}")
         return _tree.unflatten(self.pull(leaves, keep_graph=True), self.primals_spec)
 
 
@@ -106,16 +103,22 @@ def vjp(
 def _run_vjp(
     func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
 ) -> tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], Any]:
-    _checks.check_callable("vjp", func)
-    if not primals:
-        raise ValueError(f"vjp: {_checks.name_of(func)} was given no primals to differentiate.")
-    pullback = Pullback("vjp", func, primals, lambda: [f"primals{path}" for path in _tree.paths(primals)])
-    output, aux = pullback.run(lambda lifted: func(*lifted, **kwargs), has_aux)
+    output, aux, pullback = output_and_pullback("vjp", func, primals, has_aux, kwargs)
     vjp_fn = boundary(pullback)
     return (output, vjp_fn, aux) if has_aux else (output, vjp_fn)
 
 
 _vjp = boundary(_run_vjp)
+
+
+def output_and_pullback(
+    transform: str, func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
+) -> tuple[Any, Any, Pullback]:
+    """Run ``func`` and keep its pullback with respect to all primals. Returns (output, aux, pullback)."""
+    _checks.check_callable(transform, func)
+    _checks.check_some_primals(transform, func, primals)
+    pullback = Pullback(transform, func, primals, lambda: [f"primals{path}" for path in _tree.paths(primals)])
+    return *pullback.run(lambda lifted: func(*lifted, **kwargs), has_aux), pullback
 
 
 def value_and_pullback(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ def vmap(
         if chunk_size is None or batch_size <= chunk_size:
             return _map(func, leaves, spec, dims, batch_size, out_dims, mode, kwargs)
         outputs = []
-        chunks = _C.Chunks(batch_size, _generators_in_use())
+        chunks = _C.Chunks(batch_size, generators_in_use())
         for start in range(0, batch_size, chunk_size):
             size = min(chunk_size, batch_size - start)
             chunk = [
@@ -105,17 +105,26 @@ def _map(
 
 
 def map_chunks(
-    func: Callable[..., Any], chunks: Iterable[Sequence[Tensor]], batch_size: int, out_dims: Any, randomness: str
+    func: Callable[..., Any],
+    chunk_of: Callable[[int, int], Sequence[Tensor]],
+    batch_size: int,
+    chunk_size: int,
+    out_dims: Any,
+    randomness: str,
 ) -> list[Any]:
-    """What ``func`` returns for each chunk of its arguments, mapped over dimension 0, of a batch of ``batch_size``."""
-    shared = _C.Chunks(batch_size, _generators_in_use())
-    outputs = []
-    for chunk in chunks:
-        leaves, spec = _tree.flatten(tuple(chunk))
-        dims, size = [0] * len(leaves), leaves[0].shape[0]
-        shared.begin(size)
-        outputs.append(_map(func, leaves, spec, dims, size, out_dims, _RANDOMNESS[randomness], {}, shared))
-    return outputs
+    """What ``func`` returns for each chunk of a batch. ``chunk_of(start, stop)`` gives its arguments.
+
+    No two chunks of arguments are in memory at one time.
+    """
+    chunks = _C.Chunks(batch_size, generators_in_use())
+    mode = _RANDOMNESS[randomness]
+
+    def on_chunk(start: int, size: int) -> Any:
+        chunks.begin(size)
+        leaves, spec = _tree.flatten(tuple(chunk_of(start, start + size)))
+        return _map(func, leaves, spec, [0] * len(leaves), size, out_dims, mode, {}, chunks)
+
+    return [on_chunk(start, min(chunk_size, batch_size - start)) for start in range(0, batch_size, chunk_size)]
 
 
 def map_as(level: _C.VmapLevel, func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
@@ -128,7 +137,8 @@ def map_as(level: _C.VmapLevel, func: Callable[..., Any], in_dims: Any) -> Calla
     return mapped
 
 
-def _generators_in_use() -> list[torch.Generator]:
+def generators_in_use() -> list[torch.Generator]:
+    """The generators that random operators draw from if they are given none."""
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [torch.default_generator, *cuda]
 

@@ -94,6 +94,7 @@ TRANSFORMS = {
         Transform("grad", lambda f: fl.grad(lambda x: f(x).sum()), reference_grad),
         Transform("vjp", lambda f: lambda x: _our_vjp(f, x), reference_vjp),
         Transform("jvp", lambda f: lambda x: fl.jvp(f, (x,), (_direction(x),))[1], reference_jvp),
+        Transform("linearize", lambda f: lambda x: fl.linearize(f, x)[1](_direction(x)), reference_jvp),
         Transform("jacrev", fl.jacrev, reference_jacobian),
         Transform("jacfwd", fl.jacfwd, reference_jacobian),
         Transform("hessian", fl.hessian, lambda f: reference_jacobian(reference_jacobian(f))),

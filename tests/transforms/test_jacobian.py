@@ -1,15 +1,18 @@
-"""jacrev, jacfwd and hessian: structures, chunks, dtypes and complex functions. Judged row by row and analytically."""
+"""jacrev, jacfwd, jacobian and hessian: structures, chunks, dtypes, memory. Judged row by row and analytically."""
 
 from __future__ import annotations
+
+import weakref
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_lite as fl
 from functorch_lite import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-BOTH = pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+EACH = pytest.mark.parametrize("jacobian", [jacrev, jacfwd, fl.jacobian])
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -45,20 +48,20 @@ def mixed(x, y):
     return torch.outer(x.sin(), y.exp()) * x.sum()
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("argnums", [0, 1, -1])
 def test_argnums_int(jacobian, argnums):
     equal(jacobian(mixed, argnums)(X, Y), row_by_row(mixed, X, Y)[argnums])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("argnums", [(0,), (0, 1), (1, 0), (-1, 0)])
 def test_argnums_tuple(jacobian, argnums):
     expected = row_by_row(mixed, X, Y)
     equal(jacobian(mixed, argnums)(X, Y), tuple(expected[i] for i in argnums))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 12, 1000])
 def test_chunks_change_nothing(jacobian, chunk_size):
     equal(jacobian(mixed, (0, 1), chunk_size=chunk_size)(X, Y), jacobian(mixed, (0, 1))(X, Y))
@@ -70,7 +73,7 @@ def test_chunks_of_a_hessian_change_nothing(chunk_size):
     equal(hessian(f, (0, 1), chunk_size=chunk_size)(X, Y), hessian_by_autograd(f, X, Y))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_auxiliary_output(jacobian, chunk_size):
     f = lambda x: (x.sin(), {"twice": x * 2, "name": "aux", "n": 3})
@@ -87,7 +90,7 @@ def test_auxiliary_output_of_a_hessian():
     assert aux[1] == "aux"
 
 
-@BOTH
+@EACH
 def test_keyword_arguments(jacobian):
     f = lambda x, *, w, power=1: w * x**power
     equal(jacobian(f)(X, w=X, power=2), torch.diag(2 * X**2))
@@ -97,7 +100,7 @@ def test_keyword_arguments_of_a_hessian():
     equal(hessian(lambda x, *, w: (w * x**2).sum())(X, w=X), torch.diag(2 * X))
 
 
-@BOTH
+@EACH
 def test_pytrees_in(jacobian):
     f = lambda d: d["w"] @ d["b"][0]
     result = jacobian(f)({"w": M, "b": [X]})
@@ -105,14 +108,14 @@ def test_pytrees_in(jacobian):
     equal(result, {"w": expected[0], "b": [expected[1]]})
 
 
-@BOTH
+@EACH
 def test_pytrees_out(jacobian):
     result = jacobian(lambda x: {"s": x.sin(), "rest": (x.sum(), [torch.outer(x, x)])})(X)
     outer = row_by_row(lambda x: torch.outer(x, x), X)[0]
     equal(result, {"s": torch.diag(X.cos()), "rest": (torch.ones_like(X), [outer])})
 
 
-@BOTH
+@EACH
 def test_pytrees_in_and_out_and_argnums(jacobian):
     f = lambda p, y: (p["x"] * 2, {"o": torch.outer(p["x"], y)})
     result = jacobian(f, (0, 1))({"x": X}, Y)
@@ -121,13 +124,13 @@ def test_pytrees_in_and_out_and_argnums(jacobian):
     equal(result, (({"x": one[0]}, one[1]), {"o": ({"x": two[0]}, two[1])}))
 
 
-@BOTH
+@EACH
 def test_several_outputs(jacobian):
     result = jacobian(lambda x: (x.exp(), x.prod()))(X)
     equal(result, (torch.diag(X.exp()), row_by_row(lambda x: x.prod(), X)[0]))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 2)])
 def test_shapes(jacobian, shape):
     x = numbers(*shape)
@@ -136,7 +139,7 @@ def test_shapes(jacobian, shape):
     equal(jacobian(lambda x: f(x).sum())(x), row_by_row(lambda x: f(x).sum(), x)[0])
 
 
-@BOTH
+@EACH
 def test_empty_input_and_empty_output(jacobian):
     assert jacobian(torch.sin)(torch.ones(0)).shape == (0, 0)
     assert jacobian(lambda x: x.sum())(torch.ones(0)).shape == (0,)
@@ -148,7 +151,7 @@ def test_empty_hessian():
     assert hessian(lambda x: x.sin().sum())(torch.ones(0)).shape == (0, 0)
 
 
-@BOTH
+@EACH
 def test_outputs_that_do_not_depend_on_the_input(jacobian):
     equal(jacobian(lambda x: (Y, x.detach(), x))(X)[0], torch.zeros(4, 3, dtype=X.dtype))
     equal(jacobian(lambda x: x.detach())(X), torch.zeros(3, 3, dtype=X.dtype))
@@ -188,7 +191,7 @@ def test_every_way_to_a_hessian(outer, inner):
     equal(outer(inner(f))(X), hessian_by_autograd(f, X)[0][0])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_real_dtypes(jacobian, dtype):
     x = X.to(dtype)
@@ -198,11 +201,11 @@ def test_real_dtypes(jacobian, dtype):
     assert hessian(lambda x: (x * x).sum())(x).dtype == dtype
 
 
-@BOTH
+@EACH
 def test_inputs_of_two_dtypes(jacobian):
     a, b = jacobian(lambda x, y: x.double() * y, (0, 1))(X.float(), X)
     # Reverse mode counts in the input's dtype, forward mode in the output's, as in torch.func.
-    assert a.dtype == (torch.float32 if jacobian is jacrev else torch.float64)
+    assert a.dtype == (torch.float64 if jacobian is jacfwd else torch.float32)
     equal(a.float(), torch.diag(X).float())
     equal(b, torch.diag(X.float().double()))
 
@@ -218,7 +221,7 @@ HOLOMORPHIC = {
 }
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("name", HOLOMORPHIC)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_holomorphic_functions(jacobian, name, chunk_size):
@@ -233,34 +236,34 @@ def test_second_derivative_of_a_holomorphic_function():
             equal(outer(inner(lambda z: z**3))(z).resolve_conj(), 6 * z)
 
 
-@BOTH
+@EACH
 def test_complex_linear_map(jacobian):
     a = torch.complex(numbers(2, 3, seed=3), numbers(2, 3, seed=4))
     equal(jacobian(lambda z: a @ z)(Z).resolve_conj(), a)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_complex_functions_of_real_inputs(jacobian, chunk_size):
     result = jacobian(lambda x: torch.exp(2j * x) + x, chunk_size=chunk_size)(X)
     equal(result, torch.diag(2j * torch.exp(2j * X) + 1))
 
 
-@BOTH
+@EACH
 def test_complex_and_real_outputs_of_a_real_input(jacobian):
     a, b = jacobian(lambda x: (x.sin(), 1j * x**2))(X)
     equal(a, torch.diag(X.cos()))
     equal(b, torch.diag(2j * X))
 
 
-@BOTH
+@EACH
 def test_complex_output_of_a_real_and_a_complex_input(jacobian):
     a, b = jacobian(lambda x, z: x * z, (0, 1))(X, Z)
     equal(a, torch.diag(Z))
     equal(b.resolve_conj(), torch.diag(X + 0j))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("function", [torch.abs, torch.real, torch.angle])
 def test_real_functions_of_complex_inputs_are_refused(jacobian, function):
     with pytest.raises(ValueError, match=r"real output \(torch.float64\) of a complex input \(torch.complex128\)"):
@@ -287,10 +290,227 @@ def test_inputs_that_require_grad_stay_connected():
         equal(second, 6 * X)
 
 
-@BOTH
+@EACH
 def test_jacobians_of_a_batch(jacobian):
     batch = numbers(5, 3)
     equal(vmap(jacobian(mixed), in_dims=(0, None))(batch, Y), torch.stack([row_by_row(mixed, x, Y)[0] for x in batch]))
+
+
+# Tall matrices are computed by columns and wide ones by rows.
+TALL = {
+    "real": lambda x: torch.outer(x.sin(), torch.cat([x, x * 2])),
+    "trees": lambda x: {"a": torch.outer(x, x), "b": (x.exp(), x.prod())},
+    "partly constant": lambda x: (torch.ones(5, dtype=x.dtype), x.detach(), x * x[0]),
+    "integers": lambda x: (x.sort().values.repeat(2), x.argsort()),
+    "scalars": lambda x: tuple(x.sum() ** n for n in range(5)),
+}
+
+
+@pytest.mark.parametrize("name", TALL)
+@pytest.mark.parametrize("chunk_size", [None, 2, "auto"])
+def test_tall_jacobians(name, chunk_size):
+    value, got = fl.value_and_jacobian(TALL[name], chunk_size=chunk_size)(X)
+    equal(value, TALL[name](X))
+    equal(got, jacrev(TALL[name])(X))
+
+
+@pytest.mark.parametrize("func", [lambda x: x.sum(), lambda x: x.repeat(3)], ids=["wide", "tall"])
+@pytest.mark.parametrize("chunk_size", [None, 1, "auto"])
+def test_the_function_is_evaluated_once(func, chunk_size):
+    for transform in (fl.jacobian, fl.value_and_jacobian):
+        calls = []
+        transform(lambda x, calls=calls: calls.append(1) or func(x), chunk_size=chunk_size)(X)
+        assert calls == [1]
+
+
+def test_values_and_auxiliary_output():
+    f = lambda x, *, n: (x.repeat(n), {"twice": x * 2})
+    (value, aux), matrix = fl.value_and_jacobian(f, has_aux=True)(X, n=2)
+    equal((value, aux["twice"], matrix), (X.repeat(2), X * 2, torch.eye(3, dtype=X.dtype).repeat(2, 1)))
+    equal(fl.jacobian(f, has_aux=True)(X, n=2), (matrix, aux))
+
+
+@pytest.mark.parametrize("func", [lambda x: (x**3).prod(), lambda x: torch.outer(x.sin(), x**2)], ids=["wide", "tall"])
+@pytest.mark.parametrize("chunk_size", [None, "auto"])
+def test_derivatives_of_values_and_jacobians(func, chunk_size):
+    def energy(x):
+        value, matrix = fl.value_and_jacobian(func, chunk_size=chunk_size)(x * 2)
+        return value.pow(2).sum() + matrix.pow(2).sum()
+
+    def by_autograd(x):
+        matrix = torch.autograd.functional.jacobian(func, x * 2, create_graph=True)
+        return func(x * 2).pow(2).sum() + matrix.pow(2).sum()
+
+    x = X.clone().requires_grad_()
+    equal((grad(energy)(X),), torch.autograd.grad(by_autograd(x), x))
+    equal(hessian(energy)(X), hessian_by_autograd(by_autograd, X)[0][0])
+    batch = numbers(4, 3, seed=7)
+    equal(vmap(grad(energy))(batch), torch.stack([grad(energy)(x) for x in batch]))
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Follows the storages that operators make: the most bytes that were alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._known.update(storage._cdata for storage in self._storages((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for storage in self._storages(result):
+            if storage._cdata not in self._known:
+                self._follow(storage, storage._cdata, storage.nbytes())
+        return result
+
+    @staticmethod
+    def _storages(tree):
+        return [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+    def _follow(self, storage, key, nbytes):
+        self._known.add(key)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, nbytes)
+
+    def _forget(self, key, nbytes):
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+UP, DOWN = numbers(512, 64, seed=11) / 8, numbers(64, 512, seed=13) / 32
+WIDE_INPUT = numbers(64, seed=12)
+
+
+def residual_network(x):
+    for _ in range(3):
+        x = x + DOWN @ (UP @ x).sin()
+    return x
+
+
+MATRICES = {
+    "jacrev": (jacrev, residual_network),
+    "jacfwd": (jacfwd, residual_network),
+    "hessian": (hessian, lambda x: residual_network(x).sin().sum()),
+    "jacobian, wide": (fl.jacobian, lambda x: residual_network(x)[:32]),
+    "jacobian, tall": (fl.jacobian, lambda x: residual_network(x).repeat(2)),
+}
+
+
+def measured(call):
+    """The result of a call, and the most bytes that it had allocated at one time, and has at the end."""
+    with AllocatedBytes() as allocated:
+        result = call()
+        return result, allocated.peak, allocated.live
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_memory_budget_is_kept(name):
+    transform, func = MATRICES[name]
+    expected, whole, _ = measured(lambda: transform(func)(WIDE_INPUT))
+    _, _, saved = measured(lambda: fl.linearize(func, WIDE_INPUT))
+    for share in (0.4, 0.7):
+        with fl.memory_budget(int(whole * share)):
+            result, peak, _ = measured(lambda: transform(func, chunk_size="auto")(WIDE_INPUT))
+        assert 0.3 * whole * share < peak <= whole * share + saved
+        assert saved < 0.1 * whole
+        equal(result, expected)
+
+
+def passes_of(transform, func, **options):
+    """The level at which each backward pass of ``func`` ran: the batch size of a vmap, or the name of another."""
+    levels = []
+
+    class Observed(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            level = fl._C.current_level()
+            levels.append(level.batch_size if level.kind == "vmap" else level.kind)
+            return cotangent.clone()
+
+    transform(lambda x: func(Observed.apply(x)), **options)(X)
+    return levels
+
+
+def test_the_mode_is_that_of_fewer_passes():
+    for func, rows in ((torch.sum, 1), (torch.sin, 3), (lambda x: x[:2], 2)):
+        assert passes_of(fl.jacobian, func) == [rows]
+    for func in (lambda x: x.repeat(2), lambda x: (x, x[0]), lambda x: x[:2] + 1j):
+        assert passes_of(fl.jacobian, func) == ["grad"]  # recorded once, in a pass that is transposed
+
+
+def test_a_large_budget_makes_one_chunk_and_a_tiny_one_single_rows():
+    auto = lambda: passes_of(jacrev, torch.sin, chunk_size="auto")
+    assert auto() == [1, 3]  # one row is measured
+    with fl.memory_budget(2**40):
+        assert auto() == [1, 3]
+        with fl.memory_budget(1):
+            assert auto() == [1, 1, 1, 1]
+        assert auto() == [1, 3]
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd, fl.jacobian])
+@pytest.mark.parametrize("budget", [1, 3000, 2**40])
+def test_automatic_chunks_inside_other_transforms(transform, budget):
+    energy = lambda x, **options: transform(mixed, (0, 1), **options)(x, Y)[0].pow(2).sum()
+    batch = numbers(4, 3, seed=7)
+    expected = vmap(grad(energy))(batch)
+    with fl.memory_budget(budget):
+        equal(vmap(grad(lambda x: energy(x, chunk_size="auto")))(batch), expected)
+        equal(
+            vmap(lambda x: jvp(lambda x: energy(x, chunk_size="auto"), (x,), (x,))[1])(batch), (expected * batch).sum(1)
+        )
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_measuring_draws_no_random_numbers(randomness):
+    f = lambda x: x * torch.rand(3, dtype=x.dtype)
+    results = []
+    for chunk_size in (None, "auto", 1):
+        torch.manual_seed(0)
+        with fl.memory_budget(1 if chunk_size == "auto" else 2**40):
+            results.append((jacfwd(f, randomness=randomness, chunk_size=chunk_size)(X), torch.rand(3)))
+    equal(results[1], results[0])
+    equal(results[2], results[0])
+
+
+def test_measuring_under_a_profiler():
+    with torch.profiler.profile(profile_memory=True) as profile:
+        equal(jacrev(torch.sin, chunk_size="auto")(X), torch.diag(X.cos()))
+        (X + 1).sum()
+    assert any(event.key == "aten::sum" for event in profile.key_averages())
+
+
+def test_measuring_inside_measuring():
+    inner = lambda x: jacrev(residual_network, chunk_size="auto")(x)[0]
+    outer = lambda: jacfwd(inner, chunk_size="auto")(WIDE_INPUT)
+    equal(outer(), jacfwd(jacrev(lambda x: residual_network(x)[0]))(WIDE_INPUT))
+    with fl._C.MemoryMeter(X.device) as around, fl._C.MemoryMeter(X.device) as inside:
+        x = numbers(1000)
+    assert around.live == inside.live >= x.nbytes
+
+
+def test_automatic_chunks_can_be_traced():
+    graph = fl.make_fx(jacrev(mixed, chunk_size="auto"))(X, Y)
+    equal(graph(X * 2, Y), jacrev(mixed)(X * 2, Y))
+
+
+def test_memory_is_not_known_on_every_device():
+    x = torch.ones(3, device="meta")
+    with pytest.raises(NotImplementedError, match=r"chunk_size='auto'.*device meta.*memory_budget\(nbytes\)"):
+        jacrev(torch.sin, chunk_size="auto")(x)
+    with fl.memory_budget(100):
+        assert jacrev(torch.sin, chunk_size="auto")(x).shape == (3, 3)
+    assert fl.level_depth() == 0
 
 
 # The calls that torch.func knows too, where its semantics are right.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from functorch_lite import grad, jvp, vjp, vmap
+from functorch_lite import _C, grad, jacfwd, jvp, vjp, vmap
 
 Pair = namedtuple("Pair", ["a", "b"])
 
@@ -163,3 +163,32 @@ def test_writes_in_place_carry_the_tangent():
 
     expected = by_double_backward(lambda x: torch.stack([x[1] * x[2], x[1], x[2]]) * x, (X,), (T,))
     equal(jvp(f, (X,), (T,))[1], expected)
+
+
+WEIGHT, STACK = numbers(3, 3, seed=5), numbers(2, 3, 3, seed=6)
+MATRIX_PRODUCTS = {
+    "mm": lambda x: torch.outer(x, x).mm(WEIGHT) + WEIGHT.mm(torch.outer(x, x)),
+    "mv": lambda x: WEIGHT.mv(x) * torch.outer(x, x).mv(X),
+    "bmm": lambda x: STACK.bmm(torch.outer(x, x).expand(2, 3, 3)) + torch.outer(x, x).expand(2, 3, 3).bmm(STACK),
+    "linear": lambda x: torch.nn.functional.linear(x.sin(), WEIGHT, X),
+    "complex": lambda x: (WEIGHT + 0j).mv(x + 1j * x**2).abs(),
+}
+
+
+@pytest.mark.parametrize("name", MATRIX_PRODUCTS)
+def test_matrix_products_with_constants(name):
+    f = MATRIX_PRODUCTS[name]
+    expected = by_double_backward(f, (X,), (T,))
+    equal(jvp(f, (X,), (T,))[1], expected)
+    equal(vmap(lambda t: jvp(f, (X,), (t,))[1])(torch.stack([T, U]))[0], expected)
+    second = lambda x: jvp(f, (x,), (T,))[1]
+    formula = lambda x: torch.autograd.functional.jvp(f, x, T, create_graph=True)[1]
+    equal(jvp(second, (X,), (U,))[1], by_double_backward(formula, (X,), (U,)))
+
+
+def test_a_captured_weight_needs_no_zeros():
+    weight, x = numbers(200, 200), numbers(200)
+    with _C.MemoryMeter(x.device) as meter:
+        jacobian = jacfwd(lambda x: weight @ x)(x)
+    assert meter.peak < 6 * weight.nbytes  # and not one matrix of zeros for each of the 200 inputs
+    equal(jacobian, weight)

@@ -31,7 +31,10 @@ def cases(*rows):
 
 TRANSFORMS = {"vmap": vmap, "grad": grad, "jacrev": jacrev, "jacfwd": jacfwd, "hessian": hessian}
 TRANSFORMS |= {"grad_and_value": fl.grad_and_value, "value_and_grad": fl.value_and_grad}
+TRANSFORMS |= {"jacobian": fl.jacobian, "value_and_jacobian": fl.value_and_jacobian}
 GRADIENTS = [name for name in TRANSFORMS if name != "vmap"]
+#: Those that take primals and a direction.
+PRODUCTS = ("jvp", "hvp", "vhp")
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -39,9 +42,15 @@ def test_no_function(name):
     refused(lambda: TRANSFORMS[name](3), TypeError, f"{name}: expected a function as first argument, got int")
 
 
-def test_no_function_of_vjp_and_jvp():
+def test_no_function_of_those_that_take_primals():
     refused(lambda: vjp(X, X), TypeError, "vjp: expected a function as first argument, got Tensor")
-    refused(lambda: jvp(X, (X,), (X,)), TypeError, "jvp: expected a function as first argument, got Tensor")
+    refused(lambda: fl.linearize(X, X), TypeError, "linearize: expected a function as first argument, got Tensor")
+    refused(lambda: fl.linear_transpose(3, X), TypeError, "linear_transpose: expected a function", "got int")
+    for name in PRODUCTS:
+        call = lambda name=name: getattr(fl, name)(X, (X,), (X,))
+        refused(call, TypeError, f"{name}: expected a function as first argument, got Tensor")
+    refused(lambda: fl.gnvp(X, torch.sum, (X,), (X,)), TypeError, "gnvp: expected a function", "got Tensor")
+    refused(lambda: fl.gnvp(torch.sin, X, (X,), (X,)), TypeError, "gnvp: expected a function", "got Tensor")
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -106,6 +115,78 @@ def test_primals_and_tangents(call, kind, parts):
     refused(call, kind, *parts)
 
 
+DIRECTIONS = {
+    "hvp": lambda primals, vectors: fl.hvp(lambda *args: args[0].sum(), primals, vectors),
+    "vhp": lambda primals, vectors: fl.vhp(lambda *args: args[0].sum(), primals, vectors),
+    "gnvp": lambda primals, vectors: fl.gnvp(lambda *args: args[0], torch.sum, primals, vectors),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_primals_and_vectors(name):
+    call = DIRECTIONS[name]
+    refused(lambda: call([X], [X]), TypeError, f"{name}: primals must be a tuple with an entry for each", "got list")
+    refused(lambda: call((X,), X), TypeError, f"{name}: vectors must be a tuple", "got Tensor")
+    refused(lambda: call((), ()), TypeError, f"{name}: primals must be a tuple", "got an empty tuple")
+    refused(lambda: call((X, X), (X,)), ValueError, f"{name}: the vectors", "the primals: expected (*, *), got (*,)")
+    refused(lambda: call((X,), (M,)), ValueError, f"{name}: vectors[0] must have the shape of primals[0], (3,)", "2, 3")
+    refused(lambda: call((X,), (X.double(),)), ValueError, f"{name}: vectors[0]", "dtype of primals[0], torch.float32")
+    refused(lambda: call((X, [X]), (X, [1.0])), TypeError, f"{name}: vectors[1][0] must be a tensor", "got float")
+    refused(lambda: call((INT,), (INT,)), TypeError, f"{name}: primals[0] has dtype torch.int64", f"{name}(lambda x")
+
+
+@pytest.mark.parametrize("name", ["hvp", "vhp"])
+def test_values_that_have_no_hessian(name):
+    call = lambda func: getattr(fl, name)(func, (X,), (X,))
+    refused(lambda: call(torch.sin), ValueError, f"{name}: sin must return a scalar", "got shape (3,)")
+    refused(lambda: call(lambda x: (x.sum(), x)), TypeError, f"{name}: <lambda>", "single tensor", "has_aux=True")
+    refused(lambda: call(lambda x: x.sum() * 1j), ValueError, name, "complex number (torch.complex64)")
+
+
+def test_model_and_loss_of_gauss_newton_products():
+    call = lambda model, loss: fl.gnvp(model, loss, (X,), (X,))
+    refused(lambda: call(torch.sin, torch.cos), ValueError, "gnvp: cos must return a scalar", "got shape (3,)")
+    refused(lambda: call(lambda x: {"a": x, "b": 1}, X.sum), TypeError, "gnvp: <lambda>", "int at output['b']")
+    expected = ("gnvp: output['i'] of <lambda> has dtype torch.int64", "the loss cannot be differentiated", "only")
+    refused(lambda: call(lambda x: {"x": x, "i": x.argmax()}, lambda out: out["x"].sum()), TypeError, *expected)
+
+
+@pytest.mark.parametrize("name", ["linearize", "linear_transpose"])
+def test_primals_of_linear_maps(name):
+    transform = getattr(fl, name)
+    refused(lambda: transform(lambda: X), ValueError, f"{name}: <lambda> was given no primals to differentiate")
+    refused(lambda: transform(torch.neg, INT), TypeError, f"{name}: primals[0] has dtype torch.int64", f"{name}(lambda")
+    refused(lambda: transform(lambda d: X, {"a": [1.5]}), TypeError, f"{name}: primals[0]['a'][0] is a float")
+
+
+PUSH = fl.linearize(lambda tree, x: tree["a"] * x, {"a": X}, X)[1]
+
+
+def test_tangents_of_a_linear_map():
+    refused(lambda: PUSH({"a": X}), ValueError, "jvp_fn: the tangents", "structure of the primals", "got ({'a': *},)")
+    refused(lambda: PUSH(({"a": X}, X)), ValueError, "jvp_fn: the tangents", "got (({'a': *}, *),)")
+    refused(
+        lambda: PUSH({"a": M}, X), ValueError, "jvp_fn: tangents[0]['a'] must have the shape of primals[0]['a'], (3"
+    )
+    refused(lambda: PUSH({"a": X}, X.double()), ValueError, "jvp_fn: tangents[1]", "torch.float32, got torch.float64")
+    refused(lambda: PUSH({"a": X}, 1.0), TypeError, "jvp_fn: tangents[1] must be a tensor like primals[1], got float")
+    call = lambda: PUSH({"a": X}, X, retain_graph=True)
+    refused(call, TypeError, "jvp_fn: takes tangents by position only", "'retain_graph'", "called many times")
+
+
+def test_cotangents_of_a_transpose():
+    transpose_fn = fl.linear_transpose(lambda x: {"a": x * 2}, X)
+    refused(lambda: transpose_fn(X), ValueError, "transpose_fn: the cotangents", "expected {'a': *}, got *")
+    refused(lambda: transpose_fn({"a": M}), ValueError, "transpose_fn: the cotangent['a']", "(3,), got (2, 3)")
+    refused(lambda: transpose_fn({"a": X}, n=1), TypeError, "transpose_fn: takes cotangents by position only", "'n'")
+
+
+@pytest.mark.parametrize("func", [torch.square, torch.sin, lambda x: x + 1, lambda x: torch.ones(2), torch.prod])
+def test_functions_that_are_not_linear(func):
+    name = func.__name__
+    refused(lambda: fl.linear_transpose(func, X), ValueError, f"linear_transpose: {name} is not linear", "Use vjp")
+
+
 PULL = vjp(lambda x: {"a": x, "b": (x,)}, X)[1]
 
 
@@ -163,7 +244,8 @@ def test_values_that_have_no_gradient(name):
 
 
 WITH_AUX = {name: (lambda f, t=TRANSFORMS[name]: t(f, has_aux=True)(X)) for name in GRADIENTS}
-WITH_AUX |= {"vjp": lambda f: vjp(f, X, has_aux=True), "jvp": lambda f: jvp(f, (X,), (X,), has_aux=True)}
+WITH_AUX |= {"vjp": lambda f: vjp(f, X, has_aux=True), "linearize": lambda f: fl.linearize(f, X, has_aux=True)}
+WITH_AUX |= {name: (lambda f, name=name: getattr(fl, name)(f, (X,), (X,), has_aux=True)) for name in PRODUCTS}
 
 
 @pytest.mark.parametrize("name", WITH_AUX)
@@ -174,8 +256,9 @@ def test_has_aux(name):
     refused(lambda: WITH_AUX[name](lambda x: (x.sum(), x, x)), TypeError, promised + "a tuple of 3")
 
 
-OUTPUTS = {name: (lambda f, t=TRANSFORMS[name]: t(f)(X)) for name in ("jacrev", "jacfwd", "hessian")}
-OUTPUTS |= {"vjp": lambda f: vjp(f, X), "jvp": lambda f: jvp(f, (X,), (X,))}
+OUTPUTS = {name: (lambda f, t=TRANSFORMS[name]: t(f)(X)) for name in GRADIENTS if "grad" not in name}
+OUTPUTS |= {"vjp": lambda f: vjp(f, X), "jvp": lambda f: jvp(f, (X,), (X,)), "linearize": lambda f: fl.linearize(f, X)}
+OUTPUTS["linear_transpose"] = lambda f: fl.linear_transpose(f, X)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -187,11 +270,18 @@ def test_outputs_that_are_no_tensors(name):
     refused(lambda: OUTPUTS[name](lambda x: 1.0), TypeError, f"{name}: <lambda> must return a tensor, got float")
 
 
-@pytest.mark.parametrize("name", ["vmap", "jacrev", "jacfwd", "hessian"])
+@pytest.mark.parametrize("name", ["vmap", *(name for name in OUTPUTS if name in TRANSFORMS)])
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
 def test_chunk_size(name, wrong):
     call = lambda: TRANSFORMS[name](torch.sin, chunk_size=wrong)
-    refused(call, ValueError, f"{name}: chunk_size must be None or a positive int, got {wrong!r}")
+    choices = "None or a positive int" if name == "vmap" else "None, 'auto' or a positive int"
+    refused(call, ValueError, f"{name}: chunk_size must be {choices}, got {wrong!r}")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2 GB", None])
+def test_memory_budget(wrong):
+    call = lambda: fl.memory_budget(wrong).__enter__()
+    refused(call, ValueError, f"memory_budget: expected a positive int, a number of bytes, got {wrong!r}")
 
 
 @pytest.mark.parametrize("name", ["vmap", "jacfwd", "hessian"])
