@@ -186,12 +186,11 @@ def test_captured_parameters_and_modules():
     x, t = numbers(2, 1, 8), numbers(2, 1, 8, seed=1)
     tangent = linearize(model, x)[1](t)
     equal(tangent, by_double_backward(model, (x,), (t,)).detach())
-    expected = torch.autograd.grad(by_double_backward_with_graph(model, x, t).sum(), model[0].weight)
-    equal(torch.autograd.grad(tangent.sum(), model[0].weight), expected)
-
-
-def by_double_backward_with_graph(func, x, t):
-    return torch.autograd.functional.jvp(func, x, t, create_graph=True)[1]
+    # PyTorch's own third derivative of layer norm is wrong.
+    normalize = lambda x: (x - x.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    composed = lambda x: model[4](normalize(model[:3](x)))
+    expected = torch.autograd.functional.jvp(composed, x, t, create_graph=True)[1]
+    equal(torch.autograd.grad(tangent.sum(), model[0].weight), torch.autograd.grad(expected.sum(), model[0].weight))
 
 
 def test_it_can_be_traced():
