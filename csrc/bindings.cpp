@@ -149,6 +149,16 @@ struct BelowContext {
   void exit() { below.reset(); }
 };
 
+struct AgainContext {
+  const BelowContext& below;
+  std::optional<RunAgain> again;
+  void enter() {
+    TORCH_CHECK(below.below.has_value(), "functorch_lite._C.Below.undone: not below the level");
+    again.emplace(*below.below);
+  }
+  void exit() { again.reset(); }
+};
+
 // The innermost level with its own Python type, or None.
 py::object innermost_level() {
   auto* level = current_level();
@@ -249,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
       .def("lift_constant", [](AutodiffLevel& level, const at::Tensor& value) { return wrap(value, level); })
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
+      .def("take_derivative", &AutodiffLevel::take_derivative)
       .def("backward", &backward);
 
   py::class_<OutsideContext>(m, "Outside")
@@ -259,9 +270,21 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<BelowContext>(m, "Below")
       .def(py::init<>())
-      .def("__enter__", &BelowContext::enter)
+      .def("__enter__",
+           [](const py::object& self) {
+             self.cast<BelowContext&>().enter();
+             return self;
+           })
       .def("__exit__",
-           [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
+           [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); })
+      .def(
+          "undone",
+          [](const BelowContext& below) { return std::unique_ptr<AgainContext>(new AgainContext{below, {}}); },
+          py::keep_alive<0, 1>());
+  py::class_<AgainContext>(m, "Again")
+      .def("__enter__", &AgainContext::enter)
+      .def("__exit__",
+           [](AgainContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
   m.def("current_level", &innermost_level);
   m.def("is_differentiated_below", &is_differentiated_below);
 

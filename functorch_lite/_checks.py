@@ -37,15 +37,6 @@ def refuse_type(message: str) -> NoReturn:
     raise TypeError(message)
 
 
-def refuse_single_level_function(name: str) -> NoReturn:
-    """Raise: an old-style Function is differentiated at more than one level."""
-    raise NotImplementedError(
-        f"torch.autograd.Function {name} has forward(ctx, ...) and is differentiated at more than one level, or under "
-        f"vmap with a level outside. Its own derivative would be ignored there. Split it into forward(...) and "
-        f"setup_context(ctx, inputs, output), which works at every level."
-    )
-
-
 def check_one_vmap_rule(function: Any) -> None:
     """Refuse a Function that says twice how it is mapped."""
     if function.generate_vmap_rule:
@@ -55,12 +46,49 @@ def check_one_vmap_rule(function: Any) -> None:
         )
 
 
-def refuse_mark_dirty(name: str) -> NoReturn:
-    """Raise: a Function writes in place where its derivative is mapped."""
+def check_batched_write(name: str, before: int | None, after: int | None) -> None:
+    """Refuse a Function that makes batched what all examples share, where its derivative is mapped."""
+    if before is None and after is not None:
+        raise ValueError(
+            f"vmap: torch.autograd.Function {name} writes a value that differs between examples into an argument that "
+            f"is the same for all of them (ctx.mark_dirty). Pass an argument of which each example has its own, for "
+            f"example one that in_dims maps, or let the Function return a new tensor."
+        )
+
+
+def check_may_be_written(name: str, target: Tensor) -> None:
+    """Refuse to write into the input of a transform, which has no place in the graph to be moved from."""
+    if target.requires_grad and target.is_leaf:
+        raise ValueError(
+            f"grad: torch.autograd.Function {name} writes into the input that is differentiated (ctx.mark_dirty). Pass "
+            f"it a copy, as in {name}.apply(x.clone())."
+        )
+
+
+def check_gradient_count(name: str, gradients: tuple[Any, ...], count: int) -> None:
+    """Require a gradient for each argument; more of them may only be None."""
+    if len(gradients) < count or any(gradient is not None for gradient in gradients[count:]):
+        raise ValueError(
+            f"grad: the backward pass of {name} must return a gradient for each of its {count} arguments, None for "
+            f"those without, got {len(gradients)}."
+        )
+
+
+def refuse_jvp(name: str, error: Exception) -> NoReturn:
+    """Raise: no forward-mode derivative can be derived from a backward pass."""
     raise NotImplementedError(
-        f"vmap: torch.autograd.Function {name} writes into an argument (ctx.mark_dirty) and is differentiated outside "
-        f"this vmap. Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims), or let it "
-        f"return a new tensor."
+        f"jvp: torch.autograd.Function {name} has no jvp staticmethod, and none can be derived: its backward pass wants "
+        f"the numbers of a tensor, as numpy and .item() do. Give it a staticmethod jvp(ctx, *tangents), with a tangent "
+        f"for each argument, that returns the tangents of the outputs."
+    ) from error
+
+
+def refuse_second_derivative(name: str, reason: str) -> NoReturn:
+    """Raise: the derivative of a backward pass was asked for."""
+    raise NotImplementedError(
+        f"torch.autograd.Function {name} is differentiated a second time, but its backward pass {reason}. Write the "
+        f"backward pass with PyTorch's operators, or as another torch.autograd.Function with a derivative of its own, "
+        f"and without once_differentiable."
     )
 
 
@@ -75,17 +103,10 @@ def needs_memory(error: RuntimeError) -> bool:
     return any(part in str(error) for part in parts)
 
 
-def refuse_forward(transform: str, name: str, error: Exception) -> NoReturn:
-    """Raise: the forward pass of a Function cannot run on wrappers."""
-    if transform == "vmap":
-        advice = (
-            "Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims): it gets plain tensors."
-        )
-    else:
-        advice = "Split it into forward(...) and setup_context(ctx, inputs, output): forward then gets plain tensors."
+def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> NoReturn:
+    """Raise: a Function cannot run on a batch."""
     raise NotImplementedError(
-        f"{transform}: the forward pass of torch.autograd.Function {name} wants the numbers of a tensor, as numpy and "
-        f".item() do. {advice}"
+        f"{transform}: {name} wants the numbers of a tensor, as numpy and .item() do. {advice}"
     ) from error
 
 
