@@ -228,7 +228,13 @@ void AutodiffLevel::take_derivative(const at::Tensor& target, const at::Tensor& 
   auto* impl = target.unsafeGetTensorImpl();
   if (is_forward()) {
     const auto& tangent = result.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, result);
-    if (tangent.defined()) impl->_set_fw_grad(tangent, target, kForwardIndex, /*is_inplace_op=*/true);
+    if (!tangent.defined()) return;
+    const at::Tensor before = impl->_fw_grad(kForwardIndex, target);
+    if (before.defined()) {
+      before.copy_(tangent);
+    } else {
+      impl->_set_fw_grad(tangent, target, kForwardIndex, /*is_inplace_op=*/true);
+    }
   } else if (result.requires_grad()) {
     torch::autograd::impl::rebase_history(target, torch::autograd::impl::gradient_edge(result));
   }

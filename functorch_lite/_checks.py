@@ -56,12 +56,19 @@ def check_batched_write(name: str, before: int | None, after: int | None) -> Non
         )
 
 
-def check_may_be_written(name: str, target: Tensor) -> None:
-    """Refuse to write into the input of a transform, which has no place in the graph to be moved from."""
-    if target.requires_grad and target.is_leaf:
+def check_may_be_written(transform: str, name: str, target: Tensor, is_captured: bool, result: Tensor) -> None:
+    """Refuse a write of a Function that would lose a derivative."""
+    if is_captured and result.requires_grad:
         raise ValueError(
-            f"grad: torch.autograd.Function {name} writes into the input that is differentiated (ctx.mark_dirty). Pass "
-            f"it a copy, as in {name}.apply(x.clone())."
+            f"{transform}: {name} writes a value that depends on the differentiated inputs into a tensor captured from "
+            f"outside (ctx.mark_dirty). The derivative would be lost. Pass it a tensor that the function creates, for "
+            f"example a clone of the captured one."
+        )
+    # Asking a view whether it is a leaf would fix its place in the graph, which the write is about to change.
+    if target.requires_grad and not target._is_view() and target.is_leaf:
+        raise ValueError(
+            f"{transform}: {name} writes into the input that is differentiated (ctx.mark_dirty). Pass it a copy, "
+            f"x.clone()."
         )
 
 

@@ -114,6 +114,8 @@ class Call:
         self.unit = unit
         #: Which arguments some level differentiates.
         self.needs = tuple(needs)
+        #: At a level of forward mode, which arguments have a tangent. (The forward pass cannot see that itself.)
+        self.has_tangent: tuple[bool, ...] = ()
         #: Whether a level above needs the context.
         self.keeps_context = keeps_context
         #: What the forward pass kept, in tensors of the level that was last reached on the way up.
@@ -138,14 +140,11 @@ class Node(Function):
         """The outputs, from one level down."""
         *args, call = args  # type: ignore[assignment]
         level = _C.current_level()
-        is_forward = isinstance(level, _C.AutodiffLevel) and level.kind == "jvp"
-        needs = ctx.needs_input_grad = ctx.needs_input_grad[:-1]
-        if is_forward:
-            needs = tuple(isinstance(arg, Tensor) and level.tangent_of(arg) is not None for arg in args)
-            ctx.needs_input_grad = needs
-        call.needs = tuple(a or b for a, b in zip(call.needs, needs, strict=True))
+        has_tangent = call.has_tangent
+        ctx.needs_input_grad = has_tangent or ctx.needs_input_grad[:-1]
+        call.needs = tuple(a or b for a, b in zip(call.needs, ctx.needs_input_grad, strict=True))
         # In reverse mode, holding on to the outputs, which the call does, would be a cycle.
-        setattr(ctx, _ATTRIBUTE, call if is_forward else call.unit)
+        setattr(ctx, _ATTRIBUTE, call if has_tangent else call.unit)
         if isinstance(level, _C.AutodiffLevel):
             return _one_level_down(level, ctx, call, args)
         outputs = call.run(args)
@@ -191,22 +190,35 @@ def _apply(call: Call, args: Sequence[Any]) -> Any:
     level = _C.current_level()
     if isinstance(level, _C.VmapLevel):
         return _apply_at_vmap(level, call, args)
-    outputs = plain_apply(call.unit.node, *args, call)
-    if not call.written:
-        return outputs
-    assert level is not None
-    targets = {}
+    if level is None:
+        return plain_apply(call.unit.node, *args, call)
+    call.has_tangent = ()
+    if level.kind == "jvp":
+        call.has_tangent = tuple(isinstance(arg, Tensor) and level.tangent_of(arg) is not None for arg in args)
+    # What carries the derivative of another level is a constant of this one.
+    constants = [level.lift_constant(arg) if _is_foreign(level, arg) else arg for arg in args]
+    outputs = plain_apply(call.unit.node, *constants, call)
+    originals = {id(new): arg for new, arg in zip(constants, args, strict=True) if new is not arg}
     for target, result in call.written:
+        target = originals.get(id(target), target)
+        _checks.check_may_be_written(level.kind, call.unit.name, target, level.value_of(target) is target, result)
         level.take_derivative(target, result)
-        targets[id(result)] = target
-    call.written = []
-    return _like(outputs, tuple(targets.get(id(output), output) for output in as_tuple(outputs)))
+        originals[id(result)] = target
+    if originals:
+        outputs = _like(outputs, tuple(originals.get(id(output), output) for output in as_tuple(outputs)))
+        call.context = call.context.moved(lambda tensor, _: originals.get(id(tensor), tensor))
+    return outputs
+
+
+def _is_foreign(level: _C.AutodiffLevel, arg: Any) -> bool:
+    return isinstance(arg, Tensor) and level.value_of(arg) is arg and _C.is_differentiated_below(arg)
 
 
 def _one_level_down(level: _C.AutodiffLevel, ctx: Any, call: Call, args: Sequence[Any]) -> Any:
     """The outputs as constants of an autodiff level. Fills its ``ctx``, and the context for a level above."""
     values = [_map(level.value_of, arg) for arg in args]
     is_seen_below = is_differentiated_below(args)
+    is_forward = bool(call.has_tangent)
     call.keeps_context = True
     with _C.Below():
         if _C.current_level() is None and not is_seen_below:
@@ -216,24 +228,24 @@ def _one_level_down(level: _C.AutodiffLevel, ctx: Any, call: Call, args: Sequenc
         else:
             outputs = _apply(call, values)
     known = dict(zip(map(id, values), args, strict=True))
+    call.written = []
     for tensor in call.context.dirty_tensors:
         if id(tensor) in known:
             # PyTorch would count the write again, and find modified what a level below has saved. So it sees a new
             # result here, and `_apply` puts that into the argument's place.
-            target, result = known[id(tensor)], level.lift_constant(tensor)
-            _checks.check_may_be_written(call.unit.name, target)
-            call.written.append((target, result))
+            result = level.lift_constant(tensor)
+            call.written.append((known[id(tensor)], result))
             known[id(tensor)] = result
-    raised = _raised(call.context, outputs, known, lambda output, _: level.lift_constant(output))
+    # In forward mode, PyTorch would want a view as the tangent of an argument that is returned.
+    returned = {id(tensor): known[id(tensor)] for tensor in call.context.dirty_tensors} if is_forward else dict(known)
+    raised = _raised(call.context, outputs, returned, known, lambda output, _: level.lift_constant(output))
 
     def lift(tensor: Tensor, _: str) -> Tensor:
         found: Tensor = known[id(tensor)] if id(tensor) in known else level.lift_constant(tensor)
         return found
 
-    context = call.context.moved(lift)
-    context.hand_to(ctx)
-    targets = {id(result): target for target, result in call.written}
-    call.context = context.moved(lambda tensor, _: targets.get(id(tensor), tensor)) if targets else context
+    call.context = call.context.moved(lift)
+    call.context.hand_to(ctx)
     return raised
 
 
@@ -252,10 +264,10 @@ def _apply_at_vmap(level: _C.VmapLevel, call: Call, args: Sequence[Any]) -> Any:
         outputs = _apply(below, _tree.unflatten([value for value, _ in unwrapped], spec))
     known = {id(value): leaf for (value, _), leaf in zip(unwrapped, leaves, strict=True) if isinstance(leaf, Tensor)}
     if mapped is None:
-        raised = _raised(below.context, outputs, known, lambda output, _: output)
+        raised = _raised(below.context, outputs, dict(known), known, lambda output, _: output)
         call.context = below.context.moved(lambda tensor, _: known.get(id(tensor), tensor))
         return raised
-    raised = _raised(below.context, outputs, known, lambda output, i: _lift(level, output, mapped.out_dims[i]))
+    raised = _raised(below.context, outputs, dict(known), known, lambda output, i: _lift(level, output, mapped.out_dims[i]))
     call.context = mapped.lifted(level, below.context, known)
     return raised
 
@@ -306,9 +318,11 @@ class Mapped(Unit):
         if context.saved_tensors:
             dims["saved_tensors"] = iter(self.dims["saved_for_forward" if context.saved_for_forward else "to_save"])
 
+        known = dict(known)
+
         def lift(tensor: Tensor, field: str) -> Tensor:
             dim = next(dims[field])
-            found: Tensor = known[id(tensor)] if id(tensor) in known else _lift(level, tensor, dim)
+            found: Tensor = known.setdefault(id(tensor), _lift(level, tensor, dim))
             return found
 
         return context.moved(lift)
@@ -380,16 +394,25 @@ def _lift(level: _C.VmapLevel, value: Any, dim: int | None) -> Any:
     return value if value is None or dim is None else level.lift(value, dim)
 
 
-def _raised(context: Context, outputs: Any, known: dict[int, Any], lift: Callable[[Tensor, int], Tensor]) -> Any:
+def _raised(
+    context: Context,
+    outputs: Any,
+    returned: dict[int, Any],
+    known: dict[int, Any],
+    lift: Callable[[Tensor, int], Tensor],
+) -> Any:
     """The outputs one level up.
 
-    ``known`` has arguments by the id of their value, and gets what the forward pass returned beside them. An argument
-    that was returned is the argument itself if nobody below has recorded that.
+    ``returned`` has arguments by the id of their value: an output that is this value is the argument itself. (If a level
+    below has recorded that it was returned, it is another tensor.) ``known`` gets, by the id of what the forward pass
+    returned, what that is here.
     """
     raised = []
     for i, (raw, output) in enumerate(zip(context.outputs, as_tuple(outputs), strict=True)):
         if isinstance(output, Tensor):
-            output = known[id(output)] if id(output) in known else lift(output, i)
+            if id(output) not in returned:
+                returned[id(output)] = lift(output, i)
+            output = returned[id(output)]
             known.setdefault(id(raw), output)
         raised.append(output)
     return _like(outputs, tuple(raised))
