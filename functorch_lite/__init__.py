@@ -3,6 +3,7 @@
 from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
+from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
 from functorch_lite._jacobian import hessian, jacfwd, jacrev
 from functorch_lite._jvp import jvp
 from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
@@ -12,6 +13,8 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "custom_jvp",
+    "custom_vjp",
     "functional_call",
     "grad",
     "grad_and_value",

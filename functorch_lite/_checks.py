@@ -117,6 +117,61 @@ def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> 
     ) from error
 
 
+def refuse_capture(transform: str, name: str) -> NoReturn:
+    """Raise: a function with a derivative rule depends on something that the rule does not know of."""
+    raise ValueError(
+        f"{transform}: {name} uses a tensor that is differentiated here and is not one of its differentiated arguments. "
+        f"Its rule has no derivative for that tensor, which would be lost. Make the tensor an argument of the function, "
+        f"or use x.detach() inside if it is to be a constant."
+    )
+
+
+def check_no_dual(is_dual: bool) -> None:
+    """Refuse the dual tensors of PyTorch outside of any level."""
+    if is_dual:
+        raise NotImplementedError(
+            "jvp: custom_vjp and custom_jvp functions do not know the dual tensors of torch.autograd.forward_ad. Use "
+            "functorch_lite.jvp."
+        )
+
+
+def refuse_keyword_only(name: str, keyword: str) -> NoReturn:
+    """Raise: an argument has no position."""
+    refuse_type(
+        f"{name}: the argument {keyword!r} can be given by keyword only, and the rule is about positions. Make it a "
+        f"positional argument; it may then be passed by name, too."
+    )
+
+
+def check_has_rule(name: str, rule: Any, advice: str) -> None:
+    """Require that the rule of a function was given."""
+    if rule is None:
+        raise TypeError(f"{name} has no derivative rule. {advice}")
+
+
+def check_rule_count(name: str, rules: int, arguments: int) -> None:
+    """Require a rule for each argument."""
+    if rules != arguments:
+        raise TypeError(
+            f"{name}: defjvps was given {rules} rules, and the function was called with {arguments} arguments."
+        )
+
+
+def refuse_rule_result(name: str, rule: str, expected: str, got: Any) -> NoReturn:
+    """Raise: a rule returned something of another form."""
+    described = f"a tuple of {len(got)}" if isinstance(got, tuple) else type(got).__name__
+    refuse_type(f"{name}: {rule} must return {expected}, got {described}.")
+
+
+def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: str) -> NoReturn:
+    """Raise: a rule returned a tensor of another shape or dtype, or no tensor."""
+    shape, dtype = like
+    expected = f"the shape and dtype of {of}, {tuple(shape)} and {dtype}"
+    if not isinstance(got, Tensor):
+        refuse_type(f"{name}: {what} must be a tensor with {expected}, got {type(got).__name__}.")
+    raise ValueError(f"{name}: {what} must have {expected}, got {tuple(got.shape)} and {got.dtype}.")
+
+
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
     given = (argnums,) if isinstance(argnums, int) else argnums

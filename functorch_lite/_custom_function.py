@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_lite import _C, _checks, _rules, _tree, _units
+from functorch_lite._transpose import transpose
 from functorch_lite._units import Call, Context, Unit, as_tuple
-from functorch_lite._vjp import Pullback
 
 _NUMBERS = "wants the numbers of a tensor, as numpy and .item() do"
 _VMAP_ADVICE = (
@@ -90,9 +90,9 @@ class _FunctionUnit(Unit):
             return self.cls.jvp(context, *tangents)
         once = _once_differentiable(self.cls)
         if once is not None:
-            transposed = lambda context, *tangents: transpose(self.name, once, context, tangents)  # noqa: E731
+            transposed = lambda context, *tangents: _transposed(self.name, once, context, tangents)  # noqa: E731
             return _without_derivative(self.name, "is marked once_differentiable", transposed, context, tangents)
-        return transpose(self.name, _backward_of(self.cls), context, tangents)
+        return _transposed(self.name, _backward_of(self.cls), context, tangents)
 
     def rule(self, needs_context: bool) -> Callable[[Call, Sequence[Any]], Any] | None:
         """The vmap staticmethod. It fills no context: a level above needs `setup_context` for that."""
@@ -156,51 +156,35 @@ def _without_derivative(
     return _units.apply(_WithoutDerivative(name, reason, run), *tensors, *vectors)
 
 
-def transpose(name: str, backward: Callable[..., Any], context: Context, tangents: Sequence[Any]) -> Any:
-    """The tangents of the outputs. Gradients are linear in those of the outputs: the transpose of that map is the jvp."""
+def _transposed(name: str, backward: Callable[..., Any], context: Context, tangents: Sequence[Any]) -> Any:
+    """The tangents of the outputs, by transposing the backward pass."""
     not_differentiable = {id(output) for output in context.non_differentiable}
-    places = [
-        i
+    outputs = {
+        i: output
         for i, output in enumerate(context.outputs)
         if _tree.is_differentiable(output) and id(output) not in not_differentiable
-    ]
-    directions: list[Tensor] = []
+    }
 
-    def pull(grads_of_outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pull(grads_of_outputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         grads: list[Any] = [
             torch.zeros_like(output) if isinstance(output, Tensor) and context.materialize_grads else None
             for output in context.outputs
         ]
-        for i, grad in zip(places, grads_of_outputs, strict=True):
+        for i, grad in zip(outputs, grads_of_outputs, strict=True):
             grads[i] = grad
         results = as_tuple(backward(context, *grads))
         _checks.check_gradient_count(name, results, len(tangents))
-        pulled = []
         for result, tangent, is_needed in zip(results, tangents, context.needs_input_grad, strict=False):
-            if is_needed and isinstance(result, Tensor) and isinstance(tangent, Tensor):
-                directions.append(tangent)
-                pulled.append(_fitted(result, tangent))
-        return tuple(pulled)
+            if is_needed and isinstance(result, Tensor):
+                yield result, tangent
 
-    zeros = tuple(torch.zeros_like(context.outputs[i]) for i in places)
-    pullback = Pullback("jvp", pull, zeros, lambda: [f"output {i}" for i in places])
     try:
-        pullback.run(pull, has_aux=False)
+        results = dict(zip(outputs, transpose(pull, list(outputs.values())), strict=True))
     except RuntimeError as error:
         if not _checks.needs_memory(error):
             raise
         _checks.refuse_jvp(name, error)
-    results = dict(zip(places, pullback.pull(directions, keep_graph=False), strict=True))
     return tuple(results.get(i) for i in range(len(context.outputs)))
-
-
-def _fitted(gradient: Tensor, argument: Tensor) -> Tensor:
-    """As autograd takes a gradient: summed to the argument's shape, and in its dtype."""
-    if gradient.shape != argument.shape:
-        gradient = gradient.sum_to_size(argument.shape)
-    if gradient.is_complex() and not argument.is_complex():
-        gradient = gradient.real
-    return gradient.to(argument.dtype)
 
 
 def install() -> None:

@@ -267,7 +267,9 @@ def _apply_at_vmap(level: _C.VmapLevel, call: Call, args: Sequence[Any]) -> Any:
         raised = _raised(below.context, outputs, dict(known), known, lambda output, _: output)
         call.context = below.context.moved(lambda tensor, _: known.get(id(tensor), tensor))
         return raised
-    raised = _raised(below.context, outputs, dict(known), known, lambda output, i: _lift(level, output, mapped.out_dims[i]))
+    raised = _raised(
+        below.context, outputs, dict(known), known, lambda output, i: _lift(level, output, mapped.out_dims[i])
+    )
     call.context = mapped.lifted(level, below.context, known)
     return raised
 
