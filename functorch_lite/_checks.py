@@ -84,30 +84,19 @@ def check_gradient_count(name: str, gradients: tuple[Any, ...], count: int) -> N
 def refuse_jvp(name: str, error: Exception) -> NoReturn:
     """Raise: no forward-mode derivative can be derived from a backward pass."""
     raise NotImplementedError(
-        f"jvp: torch.autograd.Function {name} has no jvp staticmethod, and none can be derived: its backward pass wants "
-        f"the numbers of a tensor, as numpy and .item() do. Give it a staticmethod jvp(ctx, *tangents), with a tangent "
-        f"for each argument, that returns the tangents of the outputs."
+        f"jvp: {name} has no jvp staticmethod, and none can be derived: its backward pass wants the numbers of a "
+        f"tensor, as numpy and .item() do. Give it a staticmethod jvp(ctx, *tangents), with a tangent for each "
+        f"argument, that returns the tangents of the outputs."
     ) from error
 
 
 def refuse_second_derivative(name: str, reason: str) -> NoReturn:
     """Raise: the derivative of a backward pass was asked for."""
     raise NotImplementedError(
-        f"torch.autograd.Function {name} is differentiated a second time, but its backward pass {reason}. Write the "
-        f"backward pass with PyTorch's operators, or as another torch.autograd.Function with a derivative of its own, "
-        f"and without once_differentiable."
+        f"{name} is differentiated a second time, but its backward pass {reason}. Write the backward pass with "
+        f"PyTorch's operators, or as another torch.autograd.Function with a derivative of its own, and without "
+        f"once_differentiable."
     )
-
-
-def needs_memory(error: RuntimeError) -> bool:
-    """Whether code failed because it wanted numbers (for numpy, or a Python value) from a tensor inside a transform."""
-    parts = (
-        "doesn't have storage",
-        "Cannot access storage",
-        "has no memory of its own",
-        "cannot run on batched values",
-    )
-    return any(part in str(error) for part in parts)
 
 
 def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> NoReturn:
@@ -118,10 +107,10 @@ def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> 
 
 
 def refuse_capture(transform: str, name: str) -> NoReturn:
-    """Raise: a function with a derivative rule depends on something that the rule does not know of."""
+    """Raise: a function with a derivative rule depends on something that the rule does not know."""
     raise ValueError(
-        f"{transform}: {name} uses a tensor that is differentiated here and is not one of its differentiated arguments. "
-        f"Its rule has no derivative for that tensor, which would be lost. Make the tensor an argument of the function, "
+        f"{transform}: {name} uses a tensor that is differentiated and is no differentiated argument. Its "
+        f"rule has no derivative for that tensor, which would be lost. Make the tensor an argument of the function, "
         f"or use x.detach() inside if it is to be a constant."
     )
 

@@ -24,7 +24,7 @@ from functorch_lite._transpose import transpose
 Level = _C.VmapLevel | _C.AutodiffLevel
 Leaves = list[Any]
 # (residuals, gradients of the outputs) -> gradients of the leaves, None for zeros
-Pull = Callable[[Sequence[Tensor], Sequence[Tensor]], Leaves]
+Pull = Callable[[Sequence[Tensor], Sequence[Any]], Leaves]
 
 
 class _Operation:
@@ -280,7 +280,10 @@ class _Custom:
     def __init__(self, func: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         _checks.check_callable(self._decorator, func)
         self._func = func
-        self._signature = inspect.signature(func)
+        try:
+            self._signature = inspect.signature(func)
+        except ValueError:  # a builtin
+            self._signature = inspect.signature(lambda *args: None)
         given = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
         self._nondiff_argnums = given
         functools.update_wrapper(self, func)
@@ -374,9 +377,9 @@ class _VjpOperation(_Operation):
         primals = self.arguments.primals(range(len(likes)))
         leaves: Leaves = []
         for position, primal, cotangent in zip(self.arguments.positions, primals, cotangents, strict=True):
-            expected, spec = _tree.flatten(primal)
+            own_leaves, spec = _tree.flatten(primal)
             if cotangent is None:
-                leaves.extend([None] * len(expected))
+                leaves.extend([None] * len(own_leaves))
                 continue
             given, given_spec = _tree.flatten(cotangent)
             what = f"the cotangent of argument {position} that bwd returned"
@@ -414,7 +417,7 @@ class _JvpOperation(_Operation):
         return self.arguments.flat_output(self.custom._func(*self.arguments.all(leaves)))
 
     def jvp(self, leaves: Leaves, tangents: list[Tensor | None]) -> tuple[Leaves, Leaves]:
-        zeros = [
+        zeros: Leaves = [
             torch.zeros_like(x) if t is None and _tree.is_differentiable(x) else t
             for x, t in zip(leaves, tangents, strict=True)
         ]
@@ -444,7 +447,7 @@ class _JvpOperation(_Operation):
 
         def pull(residuals: Sequence[Tensor], grads: Sequence[Tensor]) -> Leaves:
             each = iter(residuals)
-            primals = [next(each) if here else x for x, here in zip(others, is_tensor, strict=True)]
+            primals: Leaves = [next(each) if here else x for x, here in zip(others, is_tensor, strict=True)]
             places = [i for i, primal in enumerate(primals) if _tree.is_differentiable(primal)]
 
             def linear(tangents: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -464,8 +467,8 @@ class _JvpOperation(_Operation):
 class custom_vjp(_Custom):  # noqa: N801
     """Give a function a reverse-mode derivative of its own. A decorator, in the manner of JAX.
 
-    Where an argument is differentiated, ``fwd`` runs in place of the function, and ``bwd`` in the backward pass. Both are
-    plain code for the transforms outside, which differentiate and map what they do; so ``fwd`` had better call the
+    Where an argument is differentiated, ``fwd`` runs in place of the function, and ``bwd`` in the backward pass. Both
+    are plain code for the transforms outside, which differentiate and map what they do; so ``fwd`` had better call the
     function itself, which then keeps its rule there. Forward mode works too: it transposes ``bwd``, which is linear in
     the cotangent. Under `vmap` the function and its rule are mapped, without a loop.
 
@@ -506,7 +509,7 @@ class custom_vjp(_Custom):  # noqa: N801
 
         Args:
             fwd: Takes the arguments of the function and returns (output, residuals); residuals are any pytree.
-            bwd: Takes the arguments of ``nondiff_argnums``, the residuals, and the cotangent, which has the structure of
+            bwd: Takes the arguments of ``nondiff_argnums``, the residuals, and the cotangent, with the structure of
                 the output. Returns a tuple with a cotangent for each other argument: with its structure, shapes and
                 dtypes, or None for zeros, also as a leaf.
 

@@ -132,8 +132,16 @@ class _WithoutDerivative(Unit):
 
     def __init__(self, function: str, reason: str, run: Callable[..., Any]) -> None:
         self.name = f"the backward pass of {function}"
-        self.forward = lambda context, *args: run(*args)  # type: ignore[method-assign]
-        self.backward = self.jvp = lambda context, *vectors: _checks.refuse_second_derivative(function, reason)
+        self._function, self._reason, self._run = function, reason, run
+
+    def forward(self, context: Context, *args: Any) -> Any:
+        return self._run(*args)
+
+    def backward(self, context: Context, *grads: Any) -> Any:
+        _checks.refuse_second_derivative(self._function, self._reason)
+
+    def jvp(self, context: Context, *tangents: Any) -> Any:
+        _checks.refuse_second_derivative(self._function, self._reason)
 
 
 def _without_derivative(

@@ -33,13 +33,13 @@ class Context(FunctionCtx):
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
         self.needs_input_grad = tuple(needs_input_grad)
         # What the methods of FunctionCtx set.
-        self.to_save: tuple[Tensor | None, ...] = ()
-        self.saved_for_forward: tuple[Tensor | None, ...] = ()
+        self.to_save: tuple[Any, ...] = ()
+        self.saved_for_forward: tuple[Any, ...] = ()
         self.dirty_tensors: tuple[Tensor, ...] = ()
         self.non_differentiable: tuple[Tensor, ...] = ()
         self.materialize_grads = True
         # What backward and jvp find.
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self.saved_tensors: tuple[Any, ...] = ()
         self.outputs: tuple[Any, ...] = ()
 
     def attributes(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Unit:
     advice: str
 
     def forward(self, context: Context, *args: Any) -> Any:
-        """Return the outputs, and keep in ``context`` what the derivative needs. Gets plain tensors, or batched ones."""
+        """The outputs, from plain tensors or batched ones. Keeps in ``context`` what the derivative needs."""
         raise NotImplementedError
 
     def backward(self, context: Context, *grads: Any) -> Any:
@@ -405,9 +405,9 @@ def _raised(
 ) -> Any:
     """The outputs one level up.
 
-    ``returned`` has arguments by the id of their value: an output that is this value is the argument itself. (If a level
-    below has recorded that it was returned, it is another tensor.) ``known`` gets, by the id of what the forward pass
-    returned, what that is here.
+    ``returned`` has arguments by the id of their value: an output that is this value is the argument itself. (If a
+    level below has recorded that it was returned, it is another tensor.) ``known`` gets, by the id of what the forward
+    pass returned, what that is here.
     """
     raised = []
     for i, (raw, output) in enumerate(zip(context.outputs, as_tuple(outputs), strict=True)):
