@@ -46,16 +46,6 @@ def check_one_vmap_rule(function: Any) -> None:
         )
 
 
-def check_batched_write(name: str, before: int | None, after: int | None) -> None:
-    """Refuse a Function that makes batched what all examples share, where its derivative is mapped."""
-    if before is None and after is not None:
-        raise ValueError(
-            f"vmap: torch.autograd.Function {name} writes a value that differs between examples into an argument that "
-            f"is the same for all of them (ctx.mark_dirty). Pass an argument of which each example has its own, for "
-            f"example one that in_dims maps, or let the Function return a new tensor."
-        )
-
-
 def check_may_be_written(transform: str, name: str, target: Tensor, is_captured: bool, result: Tensor) -> None:
     """Refuse a write of a Function that would lose a derivative."""
     if is_captured and result.requires_grad:
@@ -85,8 +75,8 @@ def refuse_jvp(name: str, error: Exception) -> NoReturn:
     """Raise: no forward-mode derivative can be derived from a backward pass."""
     raise NotImplementedError(
         f"jvp: {name} has no jvp staticmethod, and none can be derived: its backward pass wants the numbers of a "
-        f"tensor, as numpy and .item() do. Give it a staticmethod jvp(ctx, *tangents), with a tangent for each "
-        f"argument, that returns the tangents of the outputs."
+        f"tensor, as numpy and .item() do. Write it with PyTorch's operators, or give the torch.autograd.Function a "
+        f"staticmethod jvp(ctx, *tangents), with a tangent for each argument, that returns those of the outputs."
     ) from error
 
 
@@ -99,11 +89,31 @@ def refuse_second_derivative(name: str, reason: str) -> NoReturn:
     )
 
 
+def needs_memory(error: RuntimeError) -> bool:
+    """Whether code failed because it wanted numbers (for numpy, or a Python value) from a tensor inside a transform."""
+    parts = (
+        "doesn't have storage",
+        "Cannot access storage",
+        "has no memory of its own",
+        "Can't call numpy() on Tensor that requires grad",
+        "cannot run on batched values",
+    )
+    return any(part in str(error) for part in parts)
+
+
 def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> NoReturn:
     """Raise: a Function cannot run on a batch."""
     raise NotImplementedError(
         f"{transform}: {name} wants the numbers of a tensor, as numpy and .item() do. {advice}"
     ) from error
+
+
+def refuse_tensor_lists(name: str) -> NoReturn:
+    """Raise: forward mode of an operator with lists of tensors."""
+    raise NotImplementedError(
+        f"jvp: {name} takes a list of tensors, and its forward-mode derivative cannot be derived from "
+        f"register_autograd. Call it inside a functorch_lite.custom_jvp function."
+    )
 
 
 def refuse_capture(transform: str, name: str) -> NoReturn:

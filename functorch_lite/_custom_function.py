@@ -75,13 +75,15 @@ class _FunctionUnit(Unit):
         """The Function's own, which cannot be differentiated if it is marked so, or leaves PyTorch."""
         backward = _backward_of(self.cls)
         once = _once_differentiable(self.cls)
-        if once is not None and _C.current_level() is not None:
+        if once is not None:
             return _without_derivative(self.name, "is marked once_differentiable", once, context, grads)
         try:
             return backward(context, *grads)
         except RuntimeError as error:
-            if _C.current_level() is None or not _checks.needs_memory(error):
+            if not _checks.needs_memory(error):
                 raise
+        if context.is_seen_below:  # perhaps through arrays, of which no derivative is known
+            _checks.refuse_second_derivative(self.name, _NUMBERS)
         return _without_derivative(self.name, _NUMBERS, backward, context, grads)
 
     def jvp(self, context: Context, *tangents: Any) -> Any:
@@ -90,9 +92,12 @@ class _FunctionUnit(Unit):
             return self.cls.jvp(context, *tangents)
         once = _once_differentiable(self.cls)
         if once is not None:
-            transposed = lambda context, *tangents: _transposed(self.name, once, context, tangents)  # noqa: E731
-            return _without_derivative(self.name, "is marked once_differentiable", transposed, context, tangents)
-        return _transposed(self.name, _backward_of(self.cls), context, tangents)
+
+            def push(context: Context, *tangents: Any) -> Any:
+                return transposed(self.name, once, context, tangents)
+
+            return _without_derivative(self.name, "is marked once_differentiable", push, context, tangents)
+        return transposed(self.name, _backward_of(self.cls), context, tangents)
 
     def rule(self, needs_context: bool) -> Callable[[Call, Sequence[Any]], Any] | None:
         """The vmap staticmethod. It fills no context: a level above needs `setup_context` for that."""
@@ -161,10 +166,12 @@ def _without_derivative(
         plain = context.moved(lambda *_: next(values))
         return as_tuple(method(plain, *values))
 
+    if _C.current_level() is None and not _units.is_differentiated_below([*tensors, *vectors]):
+        return run(*tensors, *vectors)
     return _units.apply(_WithoutDerivative(name, reason, run), *tensors, *vectors)
 
 
-def _transposed(name: str, backward: Callable[..., Any], context: Context, tangents: Sequence[Any]) -> Any:
+def transposed(name: str, backward: Callable[..., Any], context: Context, tangents: Sequence[Any]) -> Any:
     """The tangents of the outputs, by transposing the backward pass."""
     not_differentiable = {id(output) for output in context.non_differentiable}
     outputs = {

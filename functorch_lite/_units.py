@@ -22,13 +22,14 @@ plain_apply: Callable[..., Any] = Function.apply.__func__  # type: ignore[attr-d
 
 # The attribute of PyTorch's ctx that holds the unit, or in forward mode the call.
 _ATTRIBUTE = "_functorch_lite"
+_SEEN_BELOW = "_functorch_lite_seen_below"
 
 
 class Context(FunctionCtx):
     """What the passes of a unit get as ``ctx``: that of one level, or of one example."""
 
     _TENSORS = ("to_save", "saved_for_forward", "dirty_tensors", "non_differentiable", "saved_tensors", "outputs")
-    _OURS = frozenset((*_TENSORS, "needs_input_grad", "materialize_grads"))
+    _OURS = frozenset((*_TENSORS, "needs_input_grad", "materialize_grads", "is_seen_below"))
 
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
         self.needs_input_grad = tuple(needs_input_grad)
@@ -38,6 +39,8 @@ class Context(FunctionCtx):
         self.dirty_tensors: tuple[Tensor, ...] = ()
         self.non_differentiable: tuple[Tensor, ...] = ()
         self.materialize_grads = True
+        #: Whether a level below this one differentiates the arguments, too.
+        self.is_seen_below = False
         # What backward and jvp find.
         self.saved_tensors: tuple[Any, ...] = ()
         self.outputs: tuple[Any, ...] = ()
@@ -49,7 +52,7 @@ class Context(FunctionCtx):
     def moved(self, move: Callable[[Tensor, str], Tensor]) -> Context:
         """The same at another level, to which ``move`` takes a tensor of the named field."""
         result = Context(self.needs_input_grad)
-        result.materialize_grads = self.materialize_grads
+        result.materialize_grads, result.is_seen_below = self.materialize_grads, self.is_seen_below
         for field in self._TENSORS:
             tensors = getattr(self, field)
             if tensors:
@@ -67,6 +70,7 @@ class Context(FunctionCtx):
         if not self.materialize_grads:
             ctx.set_materialize_grads(False)
         vars(ctx).update(self.attributes())
+        setattr(ctx, _SEEN_BELOW, self.is_seen_below)
 
     @staticmethod
     def of_backward(ctx: Any) -> Context:
@@ -76,6 +80,7 @@ class Context(FunctionCtx):
         context.saved_tensors = tuple(saved if saved is None else strip(saved) for saved in ctx.saved_tensors)
         attributes = dict(vars(ctx))
         del attributes[_ATTRIBUTE]
+        context.is_seen_below = attributes.pop(_SEEN_BELOW)
         if attributes:
             vars(context).update(_tree.map_tensors(strip, attributes))
         return context
@@ -245,6 +250,7 @@ def _one_level_down(level: _C.AutodiffLevel, ctx: Any, call: Call, args: Sequenc
         return found
 
     call.context = call.context.moved(lift)
+    call.context.is_seen_below = is_seen_below
     call.context.hand_to(ctx)
     return raised
 
@@ -298,8 +304,6 @@ class Mapped(Unit):
             outputs = explained(level, self.unit, lambda: self.unit.forward(inner, *each))
             inner.outputs = as_tuple(outputs)
             known = {id(x): (leaf, dim) for x, leaf, dim in zip(lifted, leaves, self.leaf_dims, strict=True)}
-            for tensor in inner.dirty_tensors:
-                _checks.check_batched_write(self.name, known.get(id(tensor), (None, 0))[1], level.unwrap(tensor)[1])
             for output in inner.outputs:
                 if isinstance(output, Tensor):
                     known[id(output)] = self._batched(*known.get(id(output), level.unwrap(output)))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-import weakref
 
 import pytest
 import torch
 from torch.autograd import Function
 
-from functorch_lite import custom_jvp, custom_vjp, grad, hessian, jacfwd, jacrev, jvp, make_fx, vjp, vmap
+from functorch_lite import custom_jvp, custom_vjp, grad, hessian, jacfwd, jacrev, vjp, vmap
 from tests.support.nesting import COMPOSITIONS, OURS, REFERENCE, compose
 
 DOUBLE = torch.float64
