@@ -44,7 +44,7 @@ def _has_setup_context(cls: type[Function]) -> bool:
 
 def _belongs_to_an_operator(cls: type[Function]) -> bool:
     # torch.library implements register_autograd with a Function inside the operator: each level calls the operator.
-    return cls.forward.__module__.startswith("torch._library")
+    return (cls.forward.__module__ or "").startswith("torch._library")
 
 
 def _unit_of(cls: type[Function]) -> Unit:
