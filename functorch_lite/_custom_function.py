@@ -62,10 +62,12 @@ class _FunctionUnit(Unit):
         self.name = f"torch.autograd.Function {cls.__name__}"
         self.node = _units.node_named(cls.__name__)
         self.advice = _SPLIT_ADVICE if cls.vmap is not Function.vmap else _VMAP_ADVICE
+        self._has_setup_context = _has_setup_context(cls)
+        self._backward, self._once = _backward_of(cls), _once_differentiable(cls)
 
     def forward(self, context: Context, *args: Any) -> Any:
         """In both styles, the forward pass fills the context."""
-        if not _has_setup_context(self.cls):
+        if not self._has_setup_context:
             return self.cls.forward(context, *args)
         outputs = self.cls.forward(*args)
         self.cls.setup_context(context, args, outputs)
@@ -73,38 +75,36 @@ class _FunctionUnit(Unit):
 
     def backward(self, context: Context, *grads: Any) -> Any:
         """The Function's own, which cannot be differentiated if it is marked so, or leaves PyTorch."""
-        backward = _backward_of(self.cls)
-        once = _once_differentiable(self.cls)
-        if once is not None:
-            return _without_derivative(self.name, "is marked once_differentiable", once, context, grads)
+        if self._once is not None:
+            return _without_derivative(self.name, "is marked once_differentiable", self._once, context, grads)
         try:
-            return backward(context, *grads)
+            return self._backward(context, *grads)
         except RuntimeError as error:
             if not _checks.needs_memory(error):
                 raise
         if context.is_seen_below:  # perhaps through arrays, of which no derivative is known
             _checks.refuse_second_derivative(self.name, _NUMBERS)
-        return _without_derivative(self.name, _NUMBERS, backward, context, grads)
+        return _without_derivative(self.name, _NUMBERS, self._backward, context, grads)
 
     def jvp(self, context: Context, *tangents: Any) -> Any:
         """The Function's own, or the transpose of its backward pass."""
         if self.cls.jvp is not Function.jvp:
             return self.cls.jvp(context, *tangents)
-        once = _once_differentiable(self.cls)
+        once = self._once
         if once is not None:
 
             def push(context: Context, *tangents: Any) -> Any:
                 return transposed(self.name, once, context, tangents)
 
             return _without_derivative(self.name, "is marked once_differentiable", push, context, tangents)
-        return transposed(self.name, _backward_of(self.cls), context, tangents)
+        return transposed(self.name, self._backward, context, tangents)
 
     def rule(self, needs_context: bool) -> Callable[[Call, Sequence[Any]], Any] | None:
         """The vmap staticmethod. It fills no context: a level above needs `setup_context` for that."""
         if self.cls.vmap is Function.vmap:
             return None
         _checks.check_one_vmap_rule(self.cls)
-        return None if needs_context and not _has_setup_context(self.cls) else self._run_rule
+        return None if needs_context and not self._has_setup_context else self._run_rule
 
     def _run_rule(self, call: Call, args: Sequence[Any]) -> Any:
         outputs = _rules.run(self.cls.vmap, f"the vmap staticmethod of {self.cls.__name__}", tuple(args), {})

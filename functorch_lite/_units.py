@@ -31,19 +31,20 @@ class Context(FunctionCtx):
     _TENSORS = ("to_save", "saved_for_forward", "dirty_tensors", "non_differentiable", "saved_tensors", "outputs")
     _OURS = frozenset((*_TENSORS, "needs_input_grad", "materialize_grads", "is_seen_below"))
 
+    # What the methods of FunctionCtx set.
+    to_save: tuple[Any, ...] = ()
+    saved_for_forward: tuple[Any, ...] = ()
+    dirty_tensors: tuple[Tensor, ...] = ()
+    non_differentiable: tuple[Tensor, ...] = ()
+    materialize_grads = True
+    #: Whether a level below this one differentiates the arguments, too.
+    is_seen_below = False
+    # What backward and jvp find.
+    saved_tensors: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
         self.needs_input_grad = tuple(needs_input_grad)
-        # What the methods of FunctionCtx set.
-        self.to_save: tuple[Any, ...] = ()
-        self.saved_for_forward: tuple[Any, ...] = ()
-        self.dirty_tensors: tuple[Tensor, ...] = ()
-        self.non_differentiable: tuple[Tensor, ...] = ()
-        self.materialize_grads = True
-        #: Whether a level below this one differentiates the arguments, too.
-        self.is_seen_below = False
-        # What backward and jvp find.
-        self.saved_tensors: tuple[Any, ...] = ()
-        self.outputs: tuple[Any, ...] = ()
 
     def attributes(self) -> dict[str, Any]:
         """What the user's code has set."""
@@ -124,7 +125,7 @@ class Call:
         #: Whether a level above needs the context.
         self.keeps_context = keeps_context
         #: What the forward pass kept, in tensors of the level that was last reached on the way up.
-        self.context = Context(())
+        self.context: Context
         #: At that level, the arguments that were written into, each with what it is now.
         self.written: list[tuple[Tensor, Tensor]] = []
 
@@ -226,6 +227,7 @@ def _one_level_down(level: _C.AutodiffLevel, ctx: Any, call: Call, args: Sequenc
     is_forward = bool(call.has_tangent)
     call.keeps_context = True
     with _C.Below():
+        values = _distinct(values)
         if _C.current_level() is None and not is_seen_below:
             outputs = call.run(values)
             for tensor in call.context.dirty_tensors:  # as PyTorch does, whoever wrote
@@ -267,8 +269,9 @@ def _apply_at_vmap(level: _C.VmapLevel, call: Call, args: Sequence[Any]) -> Any:
     mapped = Mapped(call.unit, level, args) if is_batched else None
     below = Call(mapped or call.unit, call.needs, call.keeps_context)
     with _C.Below():
-        outputs = _apply(below, _tree.unflatten([value for value, _ in unwrapped], spec))
-    known = {id(value): leaf for (value, _), leaf in zip(unwrapped, leaves, strict=True) if isinstance(leaf, Tensor)}
+        values = _distinct([value for value, _ in unwrapped])
+        outputs = _apply(below, _tree.unflatten(values, spec))
+    known = {id(value): leaf for value, leaf in zip(values, leaves, strict=True) if isinstance(leaf, Tensor)}
     if mapped is None:
         raised = _raised(below.context, outputs, dict(known), known, lambda output, _: output)
         call.context = below.context.moved(lambda tensor, _: known.get(id(tensor), tensor))
@@ -394,6 +397,19 @@ def _map(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return function(arg)
     return arg if arg is None or isinstance(arg, (int, float, str)) else _tree.map_tensors(function, arg)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """The values without repetition: two arguments of one value must be told apart when the context rises."""
+    if len(set(map(id, values))) == len(values):
+        return values
+    seen: set[int] = set()
+    result = []
+    for value in values:
+        is_repeated = isinstance(value, Tensor) and id(value) in seen
+        seen.add(id(value))
+        result.append(value.view_as(value) if is_repeated else value)
+    return result
 
 
 def _lift(level: _C.VmapLevel, value: Any, dim: int | None) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import Function
 
+from functorch_lite import grad, vmap
 from tests.support.nesting import COMPOSITIONS, OURS, REFERENCE, compose
 
 DOUBLE = torch.float64
@@ -191,3 +192,23 @@ def test_agrees_with_nested_autograd(case, composition, style, x):
         warnings.simplefilter("error")
         result = compose(composition, OURS, function)(x)
     torch.testing.assert_close(result, compose(composition, REFERENCE, function)(x))
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_two_arguments_with_one_value(style, x):
+    product = Styles(
+        "Product",
+        lambda x, y: x * x * y,
+        keep_inputs,
+        lambda ctx, g: (3 * g * ctx.saved_tensors[0] * ctx.saved_tensors[1], 5 * g * ctx.saved_tensors[0]),
+    )
+    apply = getattr(product, style).apply
+    total = lambda x, y: apply(x, y).sum()
+    # The inner level's argument and the captured x are one tensor, seen from below.
+    inner = lambda y: grad(lambda z: total(z, x))(y).sum()
+    torch.testing.assert_close(grad(inner)(x), 3 * x)
+    torch.testing.assert_close(grad(lambda y: grad(lambda z: total(x, z))(y).sum())(x), torch.zeros_like(x))
+    both = vmap(lambda a, b: apply(a, b))
+    torch.testing.assert_close(grad(lambda x: both(x, x).sum())(x), 3 * x * x + 5 * x)
+    torch.testing.assert_close(grad(lambda y: both(y, x).sum())(x), 3 * x * x)
+    torch.testing.assert_close(grad(lambda y: grad(lambda z: both(z, x).sum())(y).sum())(x), 3 * x)
