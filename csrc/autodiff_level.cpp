@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <atomic>
@@ -222,6 +223,22 @@ at::Tensor AutodiffLevel::tangent_of(const at::Tensor& dual) {
   if (wrapper_at(dual, this) == nullptr) return {};
   const auto& tangent = dual.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, dual);
   return tangent.defined() ? value_of(tangent) : at::Tensor();
+}
+
+void AutodiffLevel::take_derivative(const at::Tensor& target, const at::Tensor& result) {
+  auto* impl = target.unsafeGetTensorImpl();
+  if (is_forward()) {
+    const auto& tangent = result.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, result);
+    if (!tangent.defined()) return;
+    const at::Tensor before = impl->_fw_grad(kForwardIndex, target);
+    if (before.defined()) {
+      before.copy_(tangent);
+    } else {
+      impl->_set_fw_grad(tangent, target, kForwardIndex, /*is_inplace_op=*/true);
+    }
+  } else if (result.requires_grad()) {
+    torch::autograd::impl::rebase_history(target, torch::autograd::impl::gradient_edge(result));
+  }
 }
 
 at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {

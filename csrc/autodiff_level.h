@@ -35,6 +35,8 @@ class AutodiffLevel final : public Level {
   at::Tensor with_tangent(at::Tensor constant, const at::Tensor& tangent);
   // The tangent of a result, or an undefined tensor.
   at::Tensor tangent_of(const at::Tensor& dual);
+  // Makes `target`, a wrapper of this level whose value was written into, depend on what `result` depends on.
+  void take_derivative(const at::Tensor& target, const at::Tensor& result);
   // The value of a result; lower wrappers and plain tensors are their own value.
   at::Tensor value_of(const at::Tensor& tensor);
 

@@ -108,6 +108,16 @@ struct BelowContext {
   void exit() { below.reset(); }
 };
 
+struct AgainContext {
+  const BelowContext& below;
+  std::optional<RunAgain> again;
+  void enter() {
+    TORCH_CHECK(below.below.has_value(), "functorch_lite._C.Below.undone: not below the level");
+    again.emplace(*below.below);
+  }
+  void exit() { again.reset(); }
+};
+
 // The innermost level with its own Python type, or None.
 py::object innermost_level() {
   auto* level = current_level();
@@ -217,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
       .def("lift_constant", [](AutodiffLevel& level, const at::Tensor& value) { return wrap(value, level); })
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
+      .def("take_derivative", &AutodiffLevel::take_derivative)
       .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Tape, c10::intrusive_ptr<Tape>>(m, "Tape")
@@ -238,9 +249,21 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<BelowContext>(m, "Below")
       .def(py::init<>())
-      .def("__enter__", &BelowContext::enter)
+      .def("__enter__",
+           [](const py::object& self) {
+             self.cast<BelowContext&>().enter();
+             return self;
+           })
       .def("__exit__",
-           [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
+           [](BelowContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); })
+      .def(
+          "undone",
+          [](const BelowContext& below) { return std::unique_ptr<AgainContext>(new AgainContext{below, {}}); },
+          py::keep_alive<0, 1>());
+  py::class_<AgainContext>(m, "Again")
+      .def("__enter__", &AgainContext::enter)
+      .def("__exit__",
+           [](AgainContext& context, const py::object&, const py::object&, const py::object&) { context.exit(); });
   py::class_<MemoryMeter>(m, "MemoryMeter")
       .def(py::init([](const at::Device& device) { return std::make_unique<MemoryMeter>(device.type()); }))
       .def(

@@ -95,6 +95,22 @@ RunBelow::~RunBelow() {
   if (level_.sets_modes_) saved_modes_.make_current();
 }
 
+RunAgain::RunAgain(const RunBelow& below)
+    : sets_modes_(below.level_.sets_modes_),
+      saved_level_(innermost),
+      saved_keys_(c10::impl::tls_local_dispatch_key_set()),
+      saved_modes_(AutogradModes::current()) {
+  TORCH_INTERNAL_ASSERT(innermost == below.level_.parent(), "a level is resumed on top of another");
+  set_innermost(below.saved_level_, below.saved_keys_);
+  if (sets_modes_) below.saved_modes_.make_current();
+}
+
+RunAgain::~RunAgain() {
+  innermost = saved_level_;
+  c10::impl::_force_tls_local_dispatch_key_set(saved_keys_);
+  if (sets_modes_) saved_modes_.make_current();
+}
+
 Outside::Outside() : saved_level_(innermost), saved_keys_(c10::impl::tls_local_dispatch_key_set()) {
   set_innermost(nullptr, saved_keys_);
 }

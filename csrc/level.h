@@ -54,6 +54,7 @@ class Level : public c10::intrusive_ptr_target {
   static AutogradModes& modes_around(Level& level) { return level.outer_modes_; }
 
  private:
+  friend class RunAgain;
   friend class RunBelow;
 
   bool sets_modes_;
@@ -94,7 +95,24 @@ class RunBelow {
   RunBelow& operator=(const RunBelow&) = delete;
 
  private:
+  friend class RunAgain;
   const Level& level_;
+  Level* saved_level_;
+  c10::impl::LocalDispatchKeySet saved_keys_;
+  AutogradModes saved_modes_;
+};
+
+// Runs the enclosed code at the level that a `RunBelow` left, for functions that use its tensors. Nothing but that may
+// have changed the stack in between.
+class RunAgain {
+ public:
+  explicit RunAgain(const RunBelow& below);
+  ~RunAgain();
+  RunAgain(const RunAgain&) = delete;
+  RunAgain& operator=(const RunAgain&) = delete;
+
+ private:
+  bool sets_modes_;
   Level* saved_level_;
   c10::impl::LocalDispatchKeySet saved_keys_;
   AutogradModes saved_modes_;

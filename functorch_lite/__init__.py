@@ -3,6 +3,7 @@
 from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
+from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jvp import jvp
 from functorch_lite._linear import linear_transpose, linearize
@@ -15,6 +16,8 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "custom_jvp",
+    "custom_vjp",
     "functional_call",
     "gnvp",
     "grad",

@@ -37,15 +37,6 @@ def refuse_type(message: str) -> NoReturn:
     raise TypeError(message)
 
 
-def refuse_single_level_function(name: str) -> NoReturn:
-    """Raise: an old-style Function is differentiated at more than one level."""
-    raise NotImplementedError(
-        f"torch.autograd.Function {name} has forward(ctx, ...) and is differentiated at more than one level, or under "
-        f"vmap with a level outside. Its own derivative would be ignored there. Split it into forward(...) and "
-        f"setup_context(ctx, inputs, output), which works at every level."
-    )
-
-
 def check_one_vmap_rule(function: Any) -> None:
     """Refuse a Function that says twice how it is mapped."""
     if function.generate_vmap_rule:
@@ -55,12 +46,46 @@ def check_one_vmap_rule(function: Any) -> None:
         )
 
 
-def refuse_mark_dirty(name: str) -> NoReturn:
-    """Raise: a Function writes in place where its derivative is mapped."""
+def check_may_be_written(transform: str, name: str, target: Tensor, is_captured: bool, result: Tensor) -> None:
+    """Refuse a write of a Function that would lose a derivative."""
+    if is_captured and result.requires_grad:
+        raise ValueError(
+            f"{transform}: {name} writes a value that depends on the differentiated inputs into a tensor captured from "
+            f"outside (ctx.mark_dirty). The derivative would be lost. Pass it a tensor that the function creates, for "
+            f"example a clone of the captured one."
+        )
+    # Asking a view whether it is a leaf would fix its place in the graph, which the write is about to change.
+    if target.requires_grad and not target._is_view() and target.is_leaf:
+        raise ValueError(
+            f"{transform}: {name} writes into the input that is differentiated (ctx.mark_dirty). Pass it a copy, "
+            f"x.clone()."
+        )
+
+
+def check_gradient_count(name: str, gradients: tuple[Any, ...], count: int) -> None:
+    """Require a gradient for each argument; more of them may only be None."""
+    if len(gradients) < count or any(gradient is not None for gradient in gradients[count:]):
+        raise ValueError(
+            f"grad: the backward pass of {name} must return a gradient for each of its {count} arguments, None for "
+            f"those without, got {len(gradients)}."
+        )
+
+
+def refuse_jvp(name: str, error: Exception) -> NoReturn:
+    """Raise: no forward-mode derivative can be derived from a backward pass."""
     raise NotImplementedError(
-        f"vmap: torch.autograd.Function {name} writes into an argument (ctx.mark_dirty) and is differentiated outside "
-        f"this vmap. Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims), or let it "
-        f"return a new tensor."
+        f"jvp: {name} has no jvp staticmethod, and none can be derived: its backward pass wants the numbers of a "
+        f"tensor, as numpy and .item() do. Write it with PyTorch's operators, or give the torch.autograd.Function a "
+        f"staticmethod jvp(ctx, *tangents), with a tangent for each argument, that returns those of the outputs."
+    ) from error
+
+
+def refuse_second_derivative(name: str, reason: str) -> NoReturn:
+    """Raise: the derivative of a backward pass was asked for."""
+    raise NotImplementedError(
+        f"{name} is differentiated a second time, but its backward pass {reason}. Write the backward pass with "
+        f"PyTorch's operators, or as another torch.autograd.Function with a derivative of its own, and without "
+        f"once_differentiable."
     )
 
 
@@ -70,23 +95,80 @@ def needs_memory(error: RuntimeError) -> bool:
         "doesn't have storage",
         "Cannot access storage",
         "has no memory of its own",
+        "Can't call numpy() on Tensor that requires grad",
         "cannot run on batched values",
     )
     return any(part in str(error) for part in parts)
 
 
-def refuse_forward(transform: str, name: str, error: Exception) -> NoReturn:
-    """Raise: the forward pass of a Function cannot run on wrappers."""
-    if transform == "vmap":
-        advice = (
-            "Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims): it gets plain tensors."
-        )
-    else:
-        advice = "Split it into forward(...) and setup_context(ctx, inputs, output): forward then gets plain tensors."
+def refuse_numbers(transform: str, name: str, advice: str, error: Exception) -> NoReturn:
+    """Raise: a Function cannot run on a batch."""
     raise NotImplementedError(
-        f"{transform}: the forward pass of torch.autograd.Function {name} wants the numbers of a tensor, as numpy and "
-        f".item() do. {advice}"
+        f"{transform}: {name} wants the numbers of a tensor, as numpy and .item() do. {advice}"
     ) from error
+
+
+def refuse_tensor_lists(name: str) -> NoReturn:
+    """Raise: forward mode of an operator with lists of tensors."""
+    raise NotImplementedError(
+        f"jvp: {name} takes a list of tensors, and its forward-mode derivative cannot be derived from "
+        f"register_autograd. Call it inside a functorch_lite.custom_jvp function."
+    )
+
+
+def refuse_capture(transform: str, name: str) -> NoReturn:
+    """Raise: a function with a derivative rule depends on something that the rule does not know."""
+    raise ValueError(
+        f"{transform}: {name} uses a tensor that is differentiated and is no differentiated argument. Its "
+        f"rule has no derivative for that tensor, which would be lost. Make the tensor an argument of the function, "
+        f"or use x.detach() inside if it is to be a constant."
+    )
+
+
+def check_no_dual(is_dual: bool) -> None:
+    """Refuse the dual tensors of PyTorch outside of any level."""
+    if is_dual:
+        raise NotImplementedError(
+            "jvp: custom_vjp and custom_jvp functions do not know the dual tensors of torch.autograd.forward_ad. Use "
+            "functorch_lite.jvp."
+        )
+
+
+def refuse_keyword_only(name: str, keyword: str) -> NoReturn:
+    """Raise: an argument has no position."""
+    refuse_type(
+        f"{name}: the argument {keyword!r} can be given by keyword only, and the rule is about positions. Make it a "
+        f"positional argument; it may then be passed by name, too."
+    )
+
+
+def check_has_rule(name: str, rule: Any, advice: str) -> None:
+    """Require that the rule of a function was given."""
+    if rule is None:
+        raise TypeError(f"{name} has no derivative rule. {advice}")
+
+
+def check_rule_count(name: str, rules: int, arguments: int) -> None:
+    """Require a rule for each argument."""
+    if rules != arguments:
+        raise TypeError(
+            f"{name}: defjvps was given {rules} rules, and the function was called with {arguments} arguments."
+        )
+
+
+def refuse_rule_result(name: str, rule: str, expected: str, got: Any) -> NoReturn:
+    """Raise: a rule returned something of another form."""
+    described = f"a tuple of {len(got)}" if isinstance(got, tuple) else type(got).__name__
+    refuse_type(f"{name}: {rule} must return {expected}, got {described}.")
+
+
+def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: str) -> NoReturn:
+    """Raise: a rule returned a tensor of another shape or dtype, or no tensor."""
+    shape, dtype = like
+    expected = f"the shape and dtype of {of}, {tuple(shape)} and {dtype}"
+    if not isinstance(got, Tensor):
+        refuse_type(f"{name}: {what} must be a tensor with {expected}, got {type(got).__name__}.")
+    raise ValueError(f"{name}: {what} must have {expected}, got {tuple(got.shape)} and {got.dtype}.")
 
 
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:

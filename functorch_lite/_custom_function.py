@@ -1,218 +1,205 @@
-"""torch.autograd.Function under transforms.
-
-A Function replaces the derivative of its forward pass. PyTorch's `apply` does that for one level: the tensors that it
-sees. A level below, which the forward pass runs through, would differentiate the forward pass itself and get another
-derivative, silently. So an autodiff level runs the forward pass as the same Function one level down, where it also
-meets plain tensors in the end.
-
-A vmap level calls the Function's `vmap` staticmethod, if it has one. Otherwise the forward pass runs on batched
-tensors; if a level below differentiates, as a Function that maps the forward and the backward pass.
-"""
+"""torch.autograd.Function under transforms: a unit of its own derivative at every level. `_units.py` says how."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from functorch_lite import _C, _checks, _rules, _tree
+from functorch_lite import _C, _checks, _rules, _tree, _units
+from functorch_lite._transpose import transpose
+from functorch_lite._units import Call, Context, Unit, as_tuple
 
-_plain_apply: Callable[..., Any] = Function.apply.__func__  # type: ignore[attr-defined]
+_NUMBERS = "wants the numbers of a tensor, as numpy and .item() do"
+_VMAP_ADVICE = (
+    "Give it a staticmethod vmap(info, in_dims, *args) that returns (outputs, out_dims): it gets plain tensors."
+)
+_SPLIT_ADVICE = (
+    "To have its vmap staticmethod called where it is differentiated inside the vmap, split forward(ctx, ...) into "
+    "forward(...) and setup_context(ctx, inputs, output)."
+)
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    level = _C.current_level()
     # What a backward pass saved are wrappers of a level that is closed by now.
     args = tuple(_C.strip_closed_levels(arg) if isinstance(arg, Tensor) and _C.is_wrapper(arg) else arg for arg in args)
-    if level is None or _belongs_to_an_operator(cls):
-        return _plain_apply(cls, *args, **kwargs)
+    if _C.current_level() is None or _belongs_to_an_operator(cls):
+        return _units.plain_apply(cls, *args, **kwargs)
     if _has_setup_context(cls) and (kwargs or getattr(cls.forward, "__defaults__", None)):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs
     if kwargs:
-        return _plain_apply(cls, *args, **kwargs)
-    if isinstance(level, _C.VmapLevel):
-        return _apply_at_vmap(cls, level, args)
-    if _has_setup_context(cls):
-        return _plain_apply(_one_level_down(cls), *args)
-    if _is_differentiated_below(args):
-        _checks.refuse_single_level_function(cls.__name__)
-    return _explained(level, cls, lambda: _plain_apply(cls, *args))
-
-
-def _explained(level: _C.Level, cls: type[Function], forward: Callable[[], Any]) -> Any:
-    """Run the forward pass on wrappers, and say what the Function needs if that cannot be."""
-    try:
-        return forward()
-    except RuntimeError as error:
-        if not _checks.needs_memory(error):
-            raise
-        _checks.refuse_forward(level.kind, cls.__name__, error)
+        return _units.plain_apply(cls, *args, **kwargs)  # says that there can be none
+    return _units.apply(_unit_of(cls), *args)
 
 
 def _has_setup_context(cls: type[Function]) -> bool:
     return cls.setup_context is not Function.setup_context
 
 
-def _has_vmap(cls: type[Function]) -> bool:
-    return cls.vmap is not Function.vmap
-
-
-def _is_differentiated_below(args: tuple[Any, ...]) -> bool:
-    return any(_C.is_differentiated_below(arg) for arg in args if isinstance(arg, Tensor))
-
-
 def _belongs_to_an_operator(cls: type[Function]) -> bool:
     # torch.library implements register_autograd with a Function inside the operator: each level calls the operator.
-    return cls.forward.__module__.startswith("torch._library")
+    return (cls.forward.__module__ or "").startswith("torch._library")
 
 
-def _one_level_down(cls: type[Function]) -> type[Function]:
-    """The Function whose forward pass is ``cls`` applied one level down, and whose derivative is that of ``cls``."""
-    made: type[Function] | None = cls.__dict__.get("_functorch_lite_one_level_down")
-    if made is not None:
-        return made
-
-    class Lifted(cls):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            level = _C.current_level()
-            assert isinstance(level, _C.AutodiffLevel)
-            values = _tree.map_tensors(level.value_of, args)
-            with _C.Below():
-                outputs = _apply(cls, *values)
-            # An argument that is returned stays the argument: it may have been written into.
-            known = {id(value): arg for value, arg in zip(values, args, strict=True)}
-            return _tree.map_tensors(
-                lambda output: known[id(output)] if id(output) in known else level.lift_constant(output), outputs
-            )
-
-    Lifted.__name__ = cls.__name__
-    cls._functorch_lite_one_level_down = Lifted  # type: ignore[attr-defined]
-    return Lifted
+def _unit_of(cls: type[Function]) -> Unit:
+    unit = cls.__dict__.get("_functorch_lite_unit")
+    if unit is None:
+        unit = cls._functorch_lite_unit = _FunctionUnit(cls)  # type: ignore[attr-defined]
+    return unit
 
 
-def _apply_at_vmap(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ...]) -> Any:
-    is_batched = any(dim is not None for _, dim in _tree.unwrap(level, _tree.flatten(args)[0]))
-    if not is_batched and (_has_vmap(cls) or _is_differentiated_below(args)):
-        values = _tree.map_tensors(lambda arg: level.unwrap(arg)[0], args)
-        with _C.Below():
-            return _apply(cls, *values)
-    if _has_vmap(cls):
-        _checks.check_one_vmap_rule(cls)
-        return _rules.run(cls.vmap, f"the vmap staticmethod of {cls.__name__}", args, {})
-    if not _is_differentiated_below(args):
-        return _explained(level, cls, lambda: _plain_apply(cls, *args))
-    if not _has_setup_context(cls):
-        _checks.refuse_single_level_function(cls.__name__)
-    return _apply_mapped(cls, level, args)
+class _FunctionUnit(Unit):
+    """A Function, in either style."""
+
+    def __init__(self, cls: type[Function]) -> None:
+        self.cls = cls
+        self.name = f"torch.autograd.Function {cls.__name__}"
+        self.node = _units.node_named(cls.__name__)
+        self.advice = _SPLIT_ADVICE if cls.vmap is not Function.vmap else _VMAP_ADVICE
+        self._has_setup_context = _has_setup_context(cls)
+        self._backward, self._once = _backward_of(cls), _once_differentiable(cls)
+
+    def forward(self, context: Context, *args: Any) -> Any:
+        """In both styles, the forward pass fills the context."""
+        if not self._has_setup_context:
+            return self.cls.forward(context, *args)
+        outputs = self.cls.forward(*args)
+        self.cls.setup_context(context, args, outputs)
+        return outputs
+
+    def backward(self, context: Context, *grads: Any) -> Any:
+        """The Function's own, which cannot be differentiated if it is marked so, or leaves PyTorch."""
+        if self._once is not None:
+            return _without_derivative(self.name, "is marked once_differentiable", self._once, context, grads)
+        try:
+            return self._backward(context, *grads)
+        except RuntimeError as error:
+            if not _checks.needs_memory(error):
+                raise
+        if context.is_seen_below:  # perhaps through arrays, of which no derivative is known
+            _checks.refuse_second_derivative(self.name, _NUMBERS)
+        return _without_derivative(self.name, _NUMBERS, self._backward, context, grads)
+
+    def jvp(self, context: Context, *tangents: Any) -> Any:
+        """The Function's own, or the transpose of its backward pass."""
+        if self.cls.jvp is not Function.jvp:
+            return self.cls.jvp(context, *tangents)
+        once = self._once
+        if once is not None:
+
+            def push(context: Context, *tangents: Any) -> Any:
+                return transposed(self.name, once, context, tangents)
+
+            return _without_derivative(self.name, "is marked once_differentiable", push, context, tangents)
+        return transposed(self.name, self._backward, context, tangents)
+
+    def rule(self, needs_context: bool) -> Callable[[Call, Sequence[Any]], Any] | None:
+        """The vmap staticmethod. It fills no context: a level above needs `setup_context` for that."""
+        if self.cls.vmap is Function.vmap:
+            return None
+        _checks.check_one_vmap_rule(self.cls)
+        return None if needs_context and not self._has_setup_context else self._run_rule
+
+    def _run_rule(self, call: Call, args: Sequence[Any]) -> Any:
+        outputs = _rules.run(self.cls.vmap, f"the vmap staticmethod of {self.cls.__name__}", tuple(args), {})
+        call.context = Context(call.needs)
+        if call.keeps_context:
+            with torch.no_grad():
+                self.cls.setup_context(call.context, tuple(args), outputs)
+        call.context.outputs = as_tuple(outputs)
+        return outputs
 
 
-def _apply_mapped(cls: type[Function], level: _C.VmapLevel, args: tuple[Any, ...]) -> Any:
-    """Apply, below a vmap, the Function that maps ``cls`` over the batch, forward and backward."""
-    unwrapped = _tree.unwrap(level, args)
-    dims = tuple(dim for _, dim in unwrapped)
-    with _C.Below():
-        mapped = _mapped(cls, dims, level)
-        outputs = _explained(level, cls, lambda: _apply(mapped, *(value for value, _ in unwrapped)))
-        leaves, spec = _tree.flatten(outputs)
-    lifted = [level.lift(leaf, 0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return _tree.unflatten(lifted, spec)
+def _backward_of(cls: type[Function]) -> Callable[..., Any]:
+    if getattr(cls, "boxed_grads_call", False):
+        return lambda context, *grads: cls.backward(context, list(grads))
+    return cls.backward
 
 
-class _Context:
-    """What a mapped Function gets as ``ctx``, for one example."""
-
-    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
-        self.needs_input_grad = needs_input_grad
-        self.saved_tensors: tuple[Any, ...] = ()
-        self.saved_for_forward: tuple[Any, ...] = ()
-
-    def save_for_backward(self, *tensors: Any) -> None:
-        self.saved_tensors = tensors
-
-    def save_for_forward(self, *tensors: Any) -> None:
-        self.saved_for_forward = tensors
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
+def _once_differentiable(cls: type[Function]) -> Callable[..., Any] | None:
+    """What the decorator of this name was put on, if it was."""
+    wrapped: Callable[..., Any] | None = getattr(cls.backward, "__wrapped__", None)
+    code = getattr(cls.backward, "__code__", None)
+    return wrapped if code is not None and code.co_filename == inspect.getfile(Function) else None
 
 
-def _mapped(cls: type[Function], in_dims: tuple[int | None, ...], level: _C.VmapLevel) -> type[Function]:
-    from functorch_lite._vmap import map_as, vmap
+class _WithoutDerivative(Unit):
+    """A computation on plain tensors that must not be differentiated."""
 
-    forward_of_all = map_as(level, cls.forward, in_dims)
-    randomness = level.randomness.name
+    node = _units.node_named("WithoutDerivative")
+    advice = _VMAP_ADVICE
 
-    def differentiate(ctx: Any, method: Callable[..., Any], vectors: tuple[Any, ...], dims: list[int | None]) -> Any:
-        """Call ``method(ctx, *vectors)`` for each example; the result is a tuple with the batch in front."""
-        saved = iter(ctx.saved_tensors)
-        inputs = [ctx.constants[i] if i in ctx.constants else next(saved) for i in range(len(in_dims))]
-        outputs = list(saved)
+    def __init__(self, function: str, reason: str, run: Callable[..., Any]) -> None:
+        self.name = f"the backward pass of {function}"
+        self._function, self._reason, self._run = function, reason, run
 
-        def one_example(inputs: Any, outputs: Any, vectors: Any) -> Any:
-            context = _Context(ctx.needs_input_grad)
-            cls.setup_context(context, tuple(inputs), outputs[0] if ctx.single else tuple(outputs))
-            if method is cls.jvp and context.saved_for_forward:
-                context.saved_tensors = context.saved_for_forward
-            results = method(context, *vectors)
-            return results if isinstance(results, tuple) else (results,)
+    def forward(self, context: Context, *args: Any) -> Any:
+        return self._run(*args)
 
-        vector_dims = [None if vector is None else dim for vector, dim in zip(vectors, dims, strict=True)]
-        return vmap(one_example, in_dims=(list(in_dims), 0, vector_dims), randomness=randomness)(
-            inputs, outputs, list(vectors)
-        )
+    def backward(self, context: Context, *grads: Any) -> Any:
+        _checks.refuse_second_derivative(self._function, self._reason)
 
-    class Mapped(Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            versions = [_version(arg) for arg in args]
-            outputs = forward_of_all(*args)
-            if versions != [_version(arg) for arg in args]:
-                _checks.refuse_mark_dirty(cls.__name__)
-            # An argument that is returned as it is could not be saved.
-            known = {id(arg) for arg in args}
-            return _tree.map_tensors(lambda output: output.view_as(output) if id(output) in known else output, outputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.constants = {i: arg for i, arg in enumerate(inputs) if not isinstance(arg, Tensor)}
-            ctx.single = isinstance(output, Tensor)
-            tensors = [*(arg for arg in inputs if isinstance(arg, Tensor)), *((output,) if ctx.single else output)]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            results = differentiate(ctx, cls.backward, grads, [0] * len(grads))
-            # What all examples share gets the sum of their gradients.
-            return tuple(
-                result.sum(0) if isinstance(result, Tensor) and dim is None else _at(result, dim)
-                for result, dim in zip(results, in_dims, strict=True)
-            )
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            results = differentiate(ctx, cls.jvp, tangents, list(in_dims))
-            return results[0] if ctx.single else results
-
-    Mapped.__name__ = cls.__name__
-    return Mapped
+    def jvp(self, context: Context, *tangents: Any) -> Any:
+        _checks.refuse_second_derivative(self._function, self._reason)
 
 
-def _version(arg: Any) -> int | None:
-    return arg._version if isinstance(arg, Tensor) and not arg.is_inference() else None
+def _without_derivative(
+    name: str, reason: str, method: Callable[..., Any], context: Context, vectors: Sequence[Any]
+) -> Any:
+    """``method(context, *vectors)``, run below all levels. What is differentiated raises."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor, _: str) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    context.moved(note)
+
+    def run(*args: Any) -> Any:
+        values = iter(args)
+        plain = context.moved(lambda *_: next(values))
+        return as_tuple(method(plain, *values))
+
+    if _C.current_level() is None and not _units.is_differentiated_below([*tensors, *vectors]):
+        return run(*tensors, *vectors)
+    return _units.apply(_WithoutDerivative(name, reason, run), *tensors, *vectors)
 
 
-def _at(result: Any, dim: int | None) -> Any:
-    return result.movedim(0, dim) if isinstance(result, Tensor) and dim else result
+def transposed(name: str, backward: Callable[..., Any], context: Context, tangents: Sequence[Any]) -> Any:
+    """The tangents of the outputs, by transposing the backward pass."""
+    not_differentiable = {id(output) for output in context.non_differentiable}
+    outputs = {
+        i: output
+        for i, output in enumerate(context.outputs)
+        if _tree.is_differentiable(output) and id(output) not in not_differentiable
+    }
+
+    def pull(grads_of_outputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        grads: list[Any] = [
+            torch.zeros_like(output) if isinstance(output, Tensor) and context.materialize_grads else None
+            for output in context.outputs
+        ]
+        for i, grad in zip(outputs, grads_of_outputs, strict=True):
+            grads[i] = grad
+        results = as_tuple(backward(context, *grads))
+        _checks.check_gradient_count(name, results, len(tangents))
+        for result, tangent, is_needed in zip(results, tangents, context.needs_input_grad, strict=False):
+            if is_needed and isinstance(result, Tensor):
+                yield result, tangent
+
+    try:
+        results = dict(zip(outputs, transpose(pull, list(outputs.values())), strict=True))
+    except RuntimeError as error:
+        if not _checks.needs_memory(error):
+            raise
+        _checks.refuse_jvp(name, error)
+    return tuple(results.get(i) for i in range(len(context.outputs)))
 
 
 def install() -> None:

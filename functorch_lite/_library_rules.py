@@ -4,6 +4,9 @@ PyTorch makes a kernel of the user's function and registers it, with `Library.im
 where it is seen: the function is taken out of the kernel's closure and registered on our key in the same library, so
 that both live equally long. `Library.define` is where an operator is seen that comes again under the same name, as when
 a cell of a notebook is run twice: rules of the earlier one are not for it.
+
+The kernels of torch.library.register_autograd are seen in the same places, and learn forward mode:
+`_custom_operator.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch._ops import OpOverload
 from torch.library import Library
 
-from functorch_lite import _linear_cross_entropy, _rules
+from functorch_lite import _custom_operator, _linear_cross_entropy, _rules
 
 _KEY = "FuncTorchBatched"
 _plain_impl: Callable[..., None] = Library.impl
@@ -51,6 +54,8 @@ def _adopt(library: Library, op: OpOverload, captured: dict[str, Any]) -> None:
 @functools.wraps(_plain_impl)
 def _impl(self: Library, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
     _plain_impl(self, op_name, fn, dispatch_key, **options)
+    if dispatch_key == "Autograd":
+        _custom_operator.teach_forward_mode(fn)
     captured = _closure(fn) if dispatch_key == _KEY else {}
     if captured:
         name = op_name.name() if isinstance(op_name, OpOverload) else op_name
@@ -68,9 +73,11 @@ def _define(self: Library, schema: str, *args: Any, **options: Any) -> Any:
 
 def _adopt_earlier() -> None:
     """Find what was registered before this package was imported."""
-    if not any(key.endswith(f"/{_KEY}") for key in torch.library._impls):
+    if not any(key.endswith((f"/{_KEY}", "/Autograd")) for key in torch.library._impls):
         return
     objects = [found for generation in (2, 1, 0) for found in gc.get_objects(generation)]
+    for found in objects:
+        _custom_operator.teach_forward_mode(found)
     libraries = [found for found in objects if type(found) is Library]
     for captured in filter(None, map(_closure, objects)):
         # The name of the variable depends on the release.

@@ -534,21 +534,6 @@ def test_escaped_tensors():
     refused(lambda: vmap(lambda x: x + kept[0])(M), fl.EscapedTensorError, *parts)
 
 
-class OldStyle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
-
-
-def test_single_level_functions():
-    parts = ("OldStyle", "forward(ctx, ...)", "setup_context(ctx, inputs, output)")
-    refused(lambda: grad(grad(lambda x: OldStyle.apply(x)))(X.sum()), NotImplementedError, *parts)
-
-
 LINEAR, PARAMS = nn.Linear(3, 2), dict(nn.Linear(3, 2).named_parameters())
 
 
