@@ -164,7 +164,10 @@ class _Remat(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        args = [next(saved) if is_tensor else constant for is_tensor, constant in zip(ctx.is_tensor, ctx.constants)]
+        args = [
+            next(saved) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
         func, wanted = ctx.func, [i for i in range(len(args)) if ctx.needs_input_grad[i + 2]]
         given = [i for i, grad in enumerate(grads) if grad is not None]
 
