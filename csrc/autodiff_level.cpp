@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "derivative_rules.h"
+#include "fused_attention.h"
 #include "keys.h"
 #include "op_args.h"
 #include "plain_compositions.h"
@@ -74,6 +75,13 @@ bool writes_beside_results(const c10::FunctionSchema& schema, size_t argument) {
 
 bool has_tangent(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, tensor).defined();
+}
+
+bool may_be_differentiated(const at::Tensor& tensor, const AutogradModes& modes) {
+  if (!tensor.defined()) return false;
+  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
+  const auto* wrapper = as_wrapper(tensor);
+  return wrapper != nullptr && !wrapper->is_symbolic_zero() && may_be_differentiated(wrapper->value(), modes);
 }
 
 void AutodiffLevel::on_open() {
@@ -238,7 +246,8 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
   static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
 }
 
-void choose_plain(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+void choose_attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  if (fused_attention_serves(NamedArguments(op, *stack))) return below_autograd(op, keys, stack);
   choose_plain_attention(op, *stack);
 }
 void run_plain_composition(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
@@ -289,7 +298,7 @@ class Handlers final : public c10::OpRegistrationListener {
   }
   static c10::KernelFunction kernel_for(const c10::OperatorHandle& op) {
     const auto& name = op.operator_name().name;
-    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain>();
+    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_attention>();
     return c10::KernelFunction::makeFromBoxedFunction<&below_autograd>();
   }
 

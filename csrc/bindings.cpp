@@ -9,6 +9,7 @@
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
+#include "fused_attention.h"
 #include "rule.h"
 #include "vmap_level.h"
 #include "wrapper.h"
@@ -26,6 +27,8 @@ struct PythonSide {
   py::object user_location;
   py::object name_of_tensor;
   py::object escaped_tensor_error;
+  py::object attend_in_chunks;
+  py::object attend_backward;
 };
 PythonSide& python_side() {
   static auto* side = new PythonSide();
@@ -53,9 +56,11 @@ auto call_python(Call&& call) {
 }
 
 void set_python_side(py::object has_decomposition, py::object install_decomposition, py::object warn_loop,
-                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error) {
+                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error,
+                     py::object attend_in_chunks, py::object attend_backward) {
   python_side() = {std::move(has_decomposition), std::move(install_decomposition), std::move(warn_loop),
-                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error)};
+                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error),
+                   std::move(attend_in_chunks),  std::move(attend_backward)};
   auto& hooks = python_hooks();
   hooks.has_decomposition = [](const c10::OperatorName& name) {
     return call_python([&] { return python_side().has_decomposition(c10::toString(name)).cast<bool>(); });
@@ -70,14 +75,21 @@ void set_python_side(py::object has_decomposition, py::object install_decomposit
   hooks.name_of_tensor = [](const at::Tensor& tensor) {
     return call_python([&] { return python_side().name_of_tensor(tensor).cast<std::string>(); });
   };
-}
-
-// Whether code outside the level could differentiate through this tensor.
-bool seen_by_outer_derivative(const at::Tensor& tensor, const AutogradModes& modes) {
-  if (!tensor.defined()) return false;
-  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
-  const auto* wrapper = as_wrapper(tensor);
-  return wrapper != nullptr && !wrapper->is_symbolic_zero() && seen_by_outer_derivative(wrapper->value(), modes);
+  hooks.attend_in_chunks = [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const std::optional<at::Tensor>& mask, const AttentionOptions& o) {
+    return call_python([&] {
+      return python_side()
+          .attend_in_chunks(query, key, value, mask, o.dropout_p, o.is_causal, o.scale, o.enable_gqa, o.rows)
+          .cast<at::Tensor>();
+    });
+  };
+  hooks.attend_backward = [](const at::Tensor& grad, const std::vector<at::Tensor>& inputs, const AttentionOptions& o) {
+    return call_python([&] {
+      return python_side()
+          .attend_backward(grad, inputs, o.is_causal, o.scale, o.enable_gqa, o.rows)
+          .cast<std::vector<at::Tensor>>();
+    });
+  };
 }
 
 // Levels belong to a thread, so a backward pass stays in the one that asked for it.
@@ -110,8 +122,8 @@ std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level,
     // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
     root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
                                                            : at::add(cotangents[i], at::zeros_like(value)));
-    seen_outside |= seen_by_outer_derivative(value, modes);
-    seen_outside |= seen_by_outer_derivative(cotangents[i], modes);
+    seen_outside |= may_be_differentiated(value, modes);
+    seen_outside |= may_be_differentiated(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
   const OneThread one_thread;
@@ -286,5 +298,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan);
   m.def("unknown_operators", &RuleTable::unknown_operators);
   m.def("set_fast_paths", &set_fast_paths);
+  m.def("set_attention_limits", &set_attention_limits);
   m.def("set_python_side", &set_python_side);
 }

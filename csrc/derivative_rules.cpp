@@ -21,6 +21,7 @@
 #include <unordered_map>
 
 #include "autodiff_level.h"
+#include "fused_attention.h"
 
 namespace functorch_lite {
 namespace {
@@ -338,6 +339,9 @@ DerivativeRules make_table() {
   };
   DerivativeRules table;
   for (const auto& [name, rules] : rows) table.emplace(find_operator(name), rules);
+  for (const auto& [name, forward, reverse] : fused_attention_rules()) {
+    table.emplace(find_operator(name), Rules{forward, reverse, 0});
+  }
   return table;
 }
 

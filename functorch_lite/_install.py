@@ -29,7 +29,7 @@ check_torch_version(_built_for(), torch.__version__)
 
 def connect() -> None:
     """Give the extension the Python functions that it calls."""
-    from functorch_lite import _C, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
+    from functorch_lite import _C, _attention, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
 
     _C.set_python_side(
         _decompose.has_decomposition,
@@ -38,6 +38,8 @@ def connect() -> None:
         _boundary.user_location,
         _boundary.name_of_tensor,
         _checks.EscapedTensorError,
+        _attention.attend_in_chunks,
+        _attention.attend_backward,
     )
     _repr.install()
     _new.install()

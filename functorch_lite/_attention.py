@@ -1,0 +1,65 @@
+"""Attention in memory that is linear in the length of the sequences, at any order of differentiation.
+
+Queries attend in chunks, each computed again where a derivative needs its scores: Rabe and Staats, "Self-attention Does
+Not Need O(n^2) Memory", 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from functorch_lite import _C
+from functorch_lite._remat import FlatFunction, remat
+
+
+def attend_in_chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    rows: int,
+) -> Tensor:
+    """``scaled_dot_product_attention(query[*,T,E], key[*,S,E], value[*,S,F], mask[*,T,S])``, ``rows`` queries at a time."""
+    outputs = []
+    for start in range(0, query.shape[-2], rows):
+        queries = query[..., start : start + rows, :]
+        has_row_for_each = mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
+        mask_chunk = mask[..., start : start + rows, :] if mask is not None and has_row_for_each else mask
+        # Nobody in this chunk sees what comes after it.
+        seen = start + queries.shape[-2] if is_causal else key.shape[-2]
+        attend = remat(_chunk(start if is_causal else None, dropout_p, scale, enable_gqa))
+        outputs += attend(queries, key[..., :seen, :], value[..., :seen, :], mask_chunk)
+    return torch.cat(outputs, -2)
+
+
+def _chunk(first: int | None, dropout_p: float, scale: float | None, enable_gqa: bool) -> FlatFunction:
+    """The attention of some queries; ``first`` is the position of the first one if they see no key after them."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:
+        if first is not None:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(first)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        math = torch.ops.aten._scaled_dot_product_attention_math
+        return [math(query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)[0]]
+
+    return attend
+
+
+def attend_backward(
+    grad: Tensor, inputs: Sequence[Tensor], is_causal: bool, scale: float | None, enable_gqa: bool, rows: int
+) -> list[Tensor | None]:
+    """The cotangents of query, key, value and, if there is a fourth, mask, as differentiable functions of all."""
+    with _C.AutodiffLevel(False) as level:
+        lifted = [level.lift_variable(x) for x in inputs]
+        query, key, value, mask = (*lifted, None)[:4]
+        assert query is not None and key is not None and value is not None
+        output = attend_in_chunks(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, rows)
+    return level.backward([output], [grad], lifted, False)
