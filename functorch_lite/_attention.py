@@ -32,10 +32,10 @@ def attend_in_chunks(
         queries = query[..., start : start + rows, :]
         has_row_for_each = mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
         mask_chunk = mask[..., start : start + rows, :] if mask is not None and has_row_for_each else mask
-        # Nobody in this chunk sees what comes after it.
-        seen = start + queries.shape[-2] if is_causal else key.shape[-2]
         attend = remat(_chunk(start if is_causal else None, dropout_p, scale, enable_gqa))
-        outputs += attend(queries, key[..., :seen, :], value[..., :seen, :], mask_chunk)
+        # All of key and value: the cotangents of slices would wait for one another in a backward pass, one for each
+        # chunk.
+        outputs += attend(queries, key, value, mask_chunk)
     return torch.cat(outputs, -2)
 
 
@@ -44,6 +44,8 @@ def _chunk(first: int | None, dropout_p: float, scale: float | None, enable_gqa:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:
         if first is not None:
+            seen = first + query.shape[-2]  # nobody in this chunk sees what comes after it
+            key, value = key[..., :seen, :], value[..., :seen, :]
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(first)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
