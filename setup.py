@@ -41,7 +41,10 @@ extension = CppExtension(
     sources=[
         unit("bindings", [BINDINGS]),
         unit("rules", list(ROOT.glob("csrc/rules/*.cpp"))),
-        unit("core", [path for path in ROOT.glob("csrc/*.cpp") if path != BINDINGS]),
+        unit(
+            "core",
+            [path for path in ROOT.glob("csrc/*.cpp") if path != BINDINGS] + list(ROOT.glob("csrc/derivatives/*.cpp")),
+        ),
     ],
     depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")),
     define_macros=NARROW_HEADERS,

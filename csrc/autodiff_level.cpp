@@ -3,9 +3,14 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/_conj.h>
+#include <ATen/ops/_neg_view.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/alias.h>
+#include <ATen/ops/conj_physical.h>
+#include <ATen/ops/neg.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
 #include <algorithm>
@@ -19,6 +24,7 @@
 #include "op_args.h"
 #include "plain_compositions.h"
 #include "symbolic_zero.h"
+#include "transposition.h"
 #include "written_arguments.h"
 
 namespace functorch_lite {
@@ -159,13 +165,14 @@ void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
       return foreign ? wrap(tensor, *this) : tensor;
     });
   }
-  if (const auto rule = find_derivative_rule(op, *this)) return rule(*this, stack);
+  if (const auto rule = find_derivative_rule(op, *this, stack)) return rule(*this, op, stack);
   // Only operators that make views have something to do here; on others the key would lead to a fallthrough, which a
   // redispatch must not name. A write is counted where it happens, below: all levels share one version counter, and
   // counting again would make what an outer level has just saved look modified.
   const bool tracks_views =
       aliasing.any && !aliasing.writes && op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView);
   const auto keys = tracks_views ? kAutodiffKeys : kAutodiffKeys.remove(c10::DispatchKey::ADInplaceOrView);
+  if (is_forward() && !aliasing.any) return push_forward(*this, op, keys, stack);
   op.redispatchBoxed(keys, &stack);
 }
 
@@ -208,13 +215,27 @@ at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
   return result;
 }
 
+namespace {
+
+// The tangent with the conjugate and negative bits of the primal, which PyTorch expects of views.
+at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
+  tangent = tangent.resolve_conj().resolve_neg();
+  if (primal.is_conj()) tangent = at::_conj(at::conj_physical(tangent));
+  return primal.is_neg() ? at::_neg_view(at::neg(tangent)) : tangent;
+}
+
+}  // namespace
+
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
   auto result = wrap(primal, *this);
   auto direction = tangent;
-  if (as_wrapper(primal) != nullptr) {
-    // In-place operators write into tangents, which must then be batched wherever their primals are.
+  {
     RunBelow below(*this);
-    direction = at::add(tangent, at::zeros_like(primal));
+    // In-place operators write into tangents, which must then be batched wherever their primals are.
+    if (as_wrapper(primal) != nullptr) direction = at::add(tangent, at::zeros_like(primal));
+    if (primal.is_conj() || primal.is_neg() || tangent.is_conj() || tangent.is_neg()) {
+      direction = in_form_of(primal, direction);
+    }
   }
   // Wrapped too, for it may have a tangent of its own one level down.
   return with_tangent(result, wrap(direction, *this));
@@ -234,6 +255,50 @@ at::Tensor AutodiffLevel::tangent_of(const at::Tensor& dual) {
 at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {
   auto* wrapper = wrapper_at(tensor, this);
   return wrapper != nullptr ? wrapper->value() : tensor;
+}
+
+namespace {
+
+// Levels belong to a thread, so a backward pass stays in the one that asked for it.
+class OneThread {
+ public:
+  OneThread() : before_(state().get_multithreading_enabled()) { state().set_multithreading_enabled(false); }
+  ~OneThread() { state().set_multithreading_enabled(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  static c10::AutogradState& state() { return c10::AutogradState::get_tls_state(); }
+  bool before_;
+};
+
+}  // namespace
+
+std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& outputs,
+                                                const std::vector<at::Tensor>& cotangents,
+                                                const std::vector<at::Tensor>& inputs, bool keep_graph) {
+  torch::autograd::variable_list roots;
+  torch::autograd::variable_list root_cotangents;
+  const auto modes = AutogradModes::current();
+  bool seen_outside = false;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i].requires_grad() || wrapper_at(outputs[i], this) == nullptr) continue;
+    const auto& value = as_wrapper(outputs[i])->value();
+    roots.push_back(outputs[i]);
+    // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
+    root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
+                                                           : at::add(cotangents[i], at::zeros_like(value)));
+    seen_outside |= may_be_differentiated(value, modes);
+    seen_outside |= may_be_differentiated(cotangents[i], modes);
+  }
+  if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
+  const OneThread one_thread;
+  Suspended suspended(LevelPtr::unsafe_reclaim_from_nonowning(this));
+  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                         /*allow_unused=*/true);
+  // A custom formula may hand out what it kept from the forward pass.
+  for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
+  return gradients;
 }
 
 namespace {

@@ -41,6 +41,12 @@ class AutodiffLevel final : public Level {
   // The value of a result; lower wrappers and plain tensors are their own value.
   at::Tensor value_of(const at::Tensor& tensor);
 
+  // The cotangents of `inputs`, undefined where an output does not depend on one. To be called when the level is
+  // closed: formulas run on values. Grad mode is on while they do if anybody outside can differentiate the result: some
+  // choose a shortcut without derivative otherwise.
+  std::vector<at::Tensor> backward(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& cotangents,
+                                   const std::vector<at::Tensor>& inputs, bool keep_graph);
+
   struct Below {
     bool may_be_captured = false;  // a result may share memory with an argument from outside the level
     bool same_keys = false;        // see RunBelow

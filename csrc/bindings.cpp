@@ -1,8 +1,5 @@
 // The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
-#include <ATen/ops/add.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "autodiff_level.h"
@@ -90,50 +87,6 @@ void set_python_side(py::object has_decomposition, py::object install_decomposit
           .cast<std::vector<at::Tensor>>();
     });
   };
-}
-
-// Levels belong to a thread, so a backward pass stays in the one that asked for it.
-class OneThread {
- public:
-  OneThread() : before_(state().get_multithreading_enabled()) { state().set_multithreading_enabled(false); }
-  ~OneThread() { state().set_multithreading_enabled(before_); }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-
- private:
-  static c10::AutogradState& state() { return c10::AutogradState::get_tls_state(); }
-  bool before_;
-};
-
-// The cotangents of `inputs`, undefined where an output does not depend on one. Formulas run on values. Grad mode is
-// on while they do if anybody outside can differentiate the result: some choose a shortcut without derivative
-// otherwise.
-std::vector<at::Tensor> backward(const c10::intrusive_ptr<AutodiffLevel>& level, const std::vector<at::Tensor>& outputs,
-                                 const std::vector<at::Tensor>& cotangents, const std::vector<at::Tensor>& inputs,
-                                 bool keep_graph) {
-  torch::autograd::variable_list roots;
-  torch::autograd::variable_list root_cotangents;
-  const auto modes = AutogradModes::current();
-  bool seen_outside = false;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    if (!outputs[i].requires_grad() || wrapper_at(outputs[i], level.get()) == nullptr) continue;
-    const auto& value = as_wrapper(outputs[i])->value();
-    roots.push_back(outputs[i]);
-    // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
-    root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
-                                                           : at::add(cotangents[i], at::zeros_like(value)));
-    seen_outside |= may_be_differentiated(value, modes);
-    seen_outside |= may_be_differentiated(cotangents[i], modes);
-  }
-  if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
-  const OneThread one_thread;
-  Suspended suspended(level);
-  py::gil_scoped_release no_gil;
-  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
-                                         /*allow_unused=*/true);
-  // A custom formula may hand out what it kept from the forward pass.
-  for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
-  return gradients;
 }
 
 at::Tensor lift_batched(VmapLevel& level, const at::Tensor& value, int64_t dim) { return wrap(value, level, dim); }
@@ -261,7 +214,7 @@ PYBIND11_MODULE(_C, m) {
       .def("lift_constant", [](AutodiffLevel& level, const at::Tensor& value) { return wrap(value, level); })
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
-      .def("backward", &backward);
+      .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>());
 
   py::class_<OutsideContext>(m, "Outside")
       .def(py::init<>())

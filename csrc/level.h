@@ -62,6 +62,18 @@ class Level : public c10::intrusive_ptr_target {
 
 using LevelPtr = c10::intrusive_ptr<Level>;
 
+// Has the level open while the enclosed code runs.
+class OpenLevel {
+ public:
+  explicit OpenLevel(Level& level) : level_(level) { level_.open(); }
+  ~OpenLevel() { level_.close(); }
+  OpenLevel(const OpenLevel&) = delete;
+  OpenLevel& operator=(const OpenLevel&) = delete;
+
+ private:
+  Level& level_;
+};
+
 // The innermost level of this thread, or null.
 Level* current_level();
 int64_t level_depth();

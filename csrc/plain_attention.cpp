@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 
+#include "fallback.h"
 #include "fused_attention.h"
 #include "plain_compositions.h"
 
@@ -49,7 +50,9 @@ void attention_composition(const c10::OperatorHandle& op, Stack& stack) {
   if (fused_attention_serves(args) && chooses_fused(args)) {
     return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
   }
-  const auto rows = attention_chunk(args);
+  // Both is an error, of which plain operators tell.
+  const bool is_error = args.flag("is_causal") && args.optional_tensor("attn_mask").has_value();
+  const auto rows = is_error ? std::nullopt : attention_chunk(args.tensor("query"), args.tensor("key"));
   auto result = rows.has_value() ? python_hooks().attend_in_chunks(
                                        args.tensor("query"), args.tensor("key"), args.tensor("value"),
                                        args.optional_tensor("attn_mask"),

@@ -30,6 +30,9 @@ constexpr auto kNoNestedTensors =
     "A nested tensor cannot be a batch of examples. Make the nn.TransformerEncoder with enable_nested_tensor=False.";
 
 
+// int64[n] on the CPU.
+at::Tensor tensor_of(const std::vector<int64_t>& numbers);
+
 // The boxed arguments of a composition, by name.
 class NamedArguments {
  public:

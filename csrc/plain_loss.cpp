@@ -10,12 +10,13 @@
 #include "plain_compositions.h"
 
 namespace functorch_lite {
-namespace {
 
 at::Tensor tensor_of(const std::vector<int64_t>& numbers) {
   const Outside no_level_wraps_it;
   return at::tensor(numbers, c10::kLong);
 }
+
+namespace {
 
 // ctc_loss by PyTorch's own kernels, to which lengths in tensors are data. Its composition reads them, to choose
 // between those kernels and cuDNN's.

@@ -93,5 +93,5 @@ def set_python_side(
     name_of_tensor: Callable[[torch.Tensor], str],
     escaped_tensor_error: type[Exception],
     attend_in_chunks: Callable[..., torch.Tensor],
-    attend_backward: Callable[..., list[torch.Tensor]],
+    attend_backward: Callable[..., list[torch.Tensor | None]],
 ) -> None: ...

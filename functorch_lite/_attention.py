@@ -26,12 +26,13 @@ def attend_in_chunks(
     enable_gqa: bool,
     rows: int,
 ) -> Tensor:
-    """``scaled_dot_product_attention(query[*,T,E], key[*,S,E], value[*,S,F], mask[*,T,S])``, ``rows`` queries at a time."""
+    """Attention of query[*,T,E] to key[*,S,E] and value[*,S,F] with mask[*,T,S], ``rows`` queries at a time."""
     outputs = []
     for start in range(0, query.shape[-2], rows):
         queries = query[..., start : start + rows, :]
-        has_row_for_each = mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
-        mask_chunk = mask[..., start : start + rows, :] if mask is not None and has_row_for_each else mask
+        mask_chunk = mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            mask_chunk = mask[..., start : start + rows, :]
         attend = remat(_chunk(start if is_causal else None, dropout_p, scale, enable_gqa))
         # All of key and value: the cotangents of slices would wait for one another in a backward pass, one for each
         # chunk.
@@ -61,7 +62,7 @@ def attend_backward(
     """The cotangents of query, key, value and, if there is a fourth, mask, as differentiable functions of all."""
     with _C.AutodiffLevel(False) as level:
         lifted = [level.lift_variable(x) for x in inputs]
-        query, key, value, mask = (*lifted, None)[:4]
-        assert query is not None and key is not None and value is not None
+        query, key, value, *masks = lifted
+        mask = masks[0] if masks else None
         output = attend_in_chunks(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, rows)
     return level.backward([output], [grad], lifted, False)

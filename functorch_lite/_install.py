@@ -29,7 +29,17 @@ check_torch_version(_built_for(), torch.__version__)
 
 def connect() -> None:
     """Give the extension the Python functions that it calls."""
-    from functorch_lite import _C, _attention, _boundary, _checks, _custom_function, _decompose, _library_rules, _new, _repr
+    from functorch_lite import (
+        _C,
+        _attention,
+        _boundary,
+        _checks,
+        _custom_function,
+        _decompose,
+        _library_rules,
+        _new,
+        _repr,
+    )
 
     _C.set_python_side(
         _decompose.has_decomposition,

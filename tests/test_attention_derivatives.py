@@ -162,7 +162,8 @@ def test_captured_tensors(length):
     k.requires_grad_()
     gradient = grad(lambda q: loss_of(f)(q, k, v))(q)
     (mixed,) = torch.autograd.grad((gradient * q).sum(), k)
-    torch.testing.assert_close(mixed, plain_gradients(lambda q, k: loss_of(f)(q, k, v), [q, k.detach()], [(q, 0 * k)])[1])
+    _, expected = plain_gradients(lambda q, k: loss_of(f)(q, k, v), [q, k.detach()], [(q, 0 * k)])
+    torch.testing.assert_close(mixed, expected)
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
@@ -194,7 +195,8 @@ def test_the_fused_kernel_serves_one_gradient(order):
         "vmap_grad": lambda: vmap(grad(f), (0, None, None))(q, k, v),
         "grad_vmap": lambda: grad(lambda q: vmap(f, (0, None, None))(q, k, v).sum())(q),
     }[order]
-    assert called(run).count(FLASH) == called(run).count(FLASH + "_backward") == 1
+    assert {FLASH, FLASH + "_backward"} <= called(run)
+    assert "_safe_softmax" not in called(run)
 
 
 def test_where_the_fused_kernel_does_not_serve():
@@ -210,7 +212,7 @@ def test_where_the_fused_kernel_does_not_serve():
 def called(run):
     with torch.profiler.profile() as profile:
         run()
-    return [event.name.removeprefix("aten::") for event in profile.events()]
+    return {event.name.removeprefix("aten::") for event in profile.events()}
 
 
 @pytest.mark.parametrize("kernel", [FLASH, "_scaled_dot_product_fused_attention_overrideable"])

@@ -39,7 +39,8 @@ void fold_mask(BatchCall& call, size_t i, c10::SymIntArrayRef leading) {
   call.arg(i) = flatten_leading(mask.expand_symint(sizes));
 }
 
-// q[B?,*,h,l,e], k[B?,*,h,s,e], v[B?,*,h,s,f], mask[B?,*,h,l,s] -> [B*..,h,n,*] each. Returns the sizes of y[B,*,h,l,f].
+// q[B?,*,h,l,e], k[B?,*,h,s,e], v[B?,*,h,s,f], mask[B?,*,h,l,s] -> [B*..,h,n,*] each. Returns the sizes of
+// y[B,*,h,l,f].
 std::vector<c10::SymInt> fold_arguments(BatchCall& call) {
   const auto rank = call.rank(0);
   for (size_t i = 0; i < 3; ++i) call.expand_to_front(i, 3);

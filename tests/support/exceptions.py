@@ -25,6 +25,19 @@ CONTIGUOUS_ONLY = {
     "as_strided.partial_views",
 }
 
+_DUPLICATES = "the samples write several values to one place; which of them stays is undefined"
+_NO_REPARAMETRIZATION = "samples have no derivative by the parameters of their distribution"
+
+#: Derivatives that finite differences cannot judge, and why: plain autograd alone does.
+NO_DIFFERENCES = {
+    "nn.functional.max_unpool1d": _DUPLICATES,
+    "nn.functional.max_unpool2d": _DUPLICATES,
+    "nn.functional.max_unpool3d": _DUPLICATES,
+    "normal": _NO_REPARAMETRIZATION,
+    "normal.number_mean": _NO_REPARAMETRIZATION,
+    "as_strided.partial_views": "it reads memory around its argument, which a shifted copy does not have",
+}
+
 _PYTHON_VALUE = "it makes a Python value of a tensor, and each example has another"
 _STATISTICS = "running statistics are written, and every example has its own"
 

@@ -125,31 +125,81 @@ def _out_made_inside(op: OpInfo, sample: SampleInput) -> Call | None:
     return Call(lambda _: func, at.tensors, at.groups)
 
 
-def _derivative(op: OpInfo, sample: SampleInput, forward: bool) -> Call | None:
-    if not (op.supports_forward_ad if forward else op.supports_autograd):
+@dataclass(frozen=True)
+class Differentiable:
+    """A sample as a function of the tensors that it is differentiated with respect to.
+
+    Attributes:
+        at: The sample.
+        variables: The indices of those tensors among all of the sample.
+        outputs: The function of all tensors, restricted to the outputs that have a derivative.
+    """
+
+    at: _Sample
+    variables: list[int]
+    outputs: Callable[[Sequence[Tensor]], list[Tensor]]
+
+    def primals(self) -> list[Tensor]:
+        """The point."""
+        return _at(self.at.tensors, self.variables)
+
+    def func(self, *primals: Tensor, others: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The function of the variables, at the sample's other tensors or at those given."""
+        tensors = list(self.at.tensors if others is None else others)
+        for k, x in zip(self.variables, primals, strict=True):
+            tensors[k] = x
+        return self.outputs(tensors)
+
+
+def differentiable(op: OpInfo, sample: SampleInput, in_place: bool = False) -> Differentiable | None:
+    """The sample as a function of its variables; None if there is nothing to differentiate."""
+    if not op.supports_autograd:
         return None
     at = _Sample(sample)
+    variant = op.get_op()
+    if in_place:
+        if op.inplace_variant is None or sample.broadcasts_input or not isinstance(sample.input, Tensor):
+            return None
+        variant = lambda x, *args, **kwargs: op.inplace_variant(x.clone(), *args, **kwargs)
+
+    def all_outputs(tensors: Sequence[Tensor]) -> list[Tensor]:
+        # The same random numbers whenever the function runs. Where a result is unique up to a phase or a sign only, the
+        # sample says what of it has a derivative.
+        torch.manual_seed(0)
+        wrapped = lambda *args, **kwargs: op.gradcheck_wrapper(variant, *args, **kwargs)
+        return tensors_of(
+            at.call(lambda *args, **kwargs: sample.output_process_fn_grad(wrapped(*args, **kwargs)), tensors)
+        )
+
     variables = [k for k, i in enumerate(at.positions) if at.leaves[i].requires_grad]
-
-    def outputs(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # Where a result is unique up to a phase or a sign only, the sample says what of it has a derivative.
-        return tensors_of(at.call(lambda *args, **kwargs: sample.output_process_fn_grad(op(*args, **kwargs)), tensors))
-
-    differentiable = [i for i, y in enumerate(outputs([at.leaves[i] for i in at.positions])) if y.requires_grad]
-    if not variables or not differentiable:
+    try:
+        chosen = [i for i, y in enumerate(all_outputs([at.leaves[i] for i in at.positions])) if y.requires_grad]
+    except RuntimeError:
+        if in_place:  # the results do not fit the argument
+            return None
+        raise
+    if not variables or not chosen:
         return None
-    shapes = [at.tensors[k] for k in variables] if forward else _at(outputs(at.tensors), differentiable)
+    return Differentiable(at, variables, lambda tensors: _at(all_outputs(tensors), chosen))
+
+
+def _derivative(op: OpInfo, sample: SampleInput, forward: bool) -> Call | None:
+    if forward and not op.supports_forward_ad:
+        return None
+    case = differentiable(op, sample)
+    if case is None:
+        return None
+    shapes = case.primals() if forward else case.func(*case.primals())
     vectors = [torch.randn_like(x, memory_format=torch.contiguous_format) for x in shapes]
-    n = len(at.tensors)
+    at, n = case.at, len(case.at.tensors)
 
     def func(side: Side) -> Function:
         def derivative(*tensors: Tensor) -> list[Tensor]:
-            def func_of_variables(*primals: Tensor) -> list[Tensor]:
-                values = dict(enumerate(tensors[:n])) | dict(zip(variables, primals, strict=True))
-                return _at(outputs(list(values.values())), differentiable)
-
+            others = tensors[:n]
             transform = side.jvp if forward else side.vjp
-            return transform(func_of_variables, _at(tensors, variables), tensors[n:])
+            return transform(
+                lambda *primals: case.func(*primals, others=others), _at(tensors, case.variables), tensors[n:]
+            )
 
         return derivative
 

@@ -12,7 +12,6 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     now = peak = 0
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
