@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "derivative_rules.h"
+#include "fused_attention.h"
 #include "keys.h"
 #include "op_args.h"
 #include "plain_compositions.h"
@@ -70,6 +71,13 @@ bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requir
 
 bool has_tangent(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->_fw_grad(kForwardIndex, tensor).defined();
+}
+
+bool may_be_differentiated(const at::Tensor& tensor, const AutogradModes& modes) {
+  if (!tensor.defined()) return false;
+  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
+  const auto* wrapper = as_wrapper(tensor);
+  return wrapper != nullptr && !wrapper->is_symbolic_zero() && may_be_differentiated(wrapper->value(), modes);
 }
 
 void AutodiffLevel::on_open() {
@@ -248,14 +256,6 @@ at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {
 
 namespace {
 
-// Whether code outside the level could differentiate through this tensor.
-bool seen_by_outer_derivative(const at::Tensor& tensor, const AutogradModes& modes) {
-  if (!tensor.defined()) return false;
-  if ((modes.grad && tensor.requires_grad()) || (modes.forward_grad && has_tangent(tensor))) return true;
-  const auto* wrapper = as_wrapper(tensor);
-  return wrapper != nullptr && !wrapper->is_symbolic_zero() && seen_by_outer_derivative(wrapper->value(), modes);
-}
-
 // Levels belong to a thread, so a backward pass stays in the one that asked for it.
 class OneThread {
  public:
@@ -285,8 +285,8 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
     root_cotangents.push_back(as_wrapper(value) == nullptr ? cotangents[i]
                                                            : at::add(cotangents[i], at::zeros_like(value)));
-    seen_outside |= seen_by_outer_derivative(value, modes);
-    seen_outside |= seen_by_outer_derivative(cotangents[i], modes);
+    seen_outside |= may_be_differentiated(value, modes);
+    seen_outside |= may_be_differentiated(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
   const OneThread one_thread;
@@ -307,7 +307,8 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
   static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
 }
 
-void choose_plain(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+void choose_attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  if (fused_attention_serves(NamedArguments(op, *stack))) return below_autograd(op, keys, stack);
   choose_plain_attention(op, *stack);
 }
 void run_plain_composition(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
@@ -358,7 +359,7 @@ class Handlers final : public c10::OpRegistrationListener {
   }
   static c10::KernelFunction kernel_for(const c10::OperatorHandle& op) {
     const auto& name = op.operator_name().name;
-    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_plain>();
+    if (name == "aten::_fused_sdp_choice") return c10::KernelFunction::makeFromBoxedFunction<&choose_attention>();
     return c10::KernelFunction::makeFromBoxedFunction<&below_autograd>();
   }
 

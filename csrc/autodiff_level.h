@@ -16,6 +16,9 @@ inline void bring_graph_up_to_date(const at::Tensor& target) {
 // Whether the tensor has a forward-mode derivative, of whatever level.
 bool has_tangent(const at::Tensor& tensor);
 
+// Whether a level that the tensor is wrapped for, or plain PyTorch, could differentiate through it.
+bool may_be_differentiated(const at::Tensor& tensor, const AutogradModes& modes);
+
 class AutodiffLevel final : public Level {
  public:
   enum class Mode : uint8_t { kReverse, kForward };

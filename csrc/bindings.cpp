@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
+#include "fused_attention.h"
 #include "memory_meter.h"
 #include "rule.h"
 #include "tape.h"
@@ -25,6 +26,8 @@ struct PythonSide {
   py::object user_location;
   py::object name_of_tensor;
   py::object escaped_tensor_error;
+  py::object attend_in_chunks;
+  py::object attend_backward;
 };
 PythonSide& python_side() {
   static auto* side = new PythonSide();
@@ -52,9 +55,11 @@ auto call_python(Call&& call) {
 }
 
 void set_python_side(py::object has_decomposition, py::object install_decomposition, py::object warn_loop,
-                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error) {
+                     py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error,
+                     py::object attend_in_chunks, py::object attend_backward) {
   python_side() = {std::move(has_decomposition), std::move(install_decomposition), std::move(warn_loop),
-                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error)};
+                   std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error),
+                   std::move(attend_in_chunks),  std::move(attend_backward)};
   auto& hooks = python_hooks();
   hooks.has_decomposition = [](const c10::OperatorName& name) {
     return call_python([&] { return python_side().has_decomposition(c10::toString(name)).cast<bool>(); });
@@ -68,6 +73,21 @@ void set_python_side(py::object has_decomposition, py::object install_decomposit
   hooks.user_location = [] { return call_python([] { return python_side().user_location().cast<std::string>(); }); };
   hooks.name_of_tensor = [](const at::Tensor& tensor) {
     return call_python([&] { return python_side().name_of_tensor(tensor).cast<std::string>(); });
+  };
+  hooks.attend_in_chunks = [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const std::optional<at::Tensor>& mask, const AttentionOptions& o) {
+    return call_python([&] {
+      return python_side()
+          .attend_in_chunks(query, key, value, mask, o.dropout_p, o.is_causal, o.scale, o.enable_gqa, o.rows)
+          .cast<at::Tensor>();
+    });
+  };
+  hooks.attend_backward = [](const at::Tensor& grad, const std::vector<at::Tensor>& inputs, const AttentionOptions& o) {
+    return call_python([&] {
+      return python_side()
+          .attend_backward(grad, inputs, o.is_causal, o.scale, o.enable_gqa, o.rows)
+          .cast<std::vector<at::Tensor>>();
+    });
   };
 }
 
@@ -302,5 +322,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan);
   m.def("unknown_operators", &RuleTable::unknown_operators);
   m.def("set_fast_paths", &set_fast_paths);
+  m.def("set_attention_limits", &set_attention_limits);
   m.def("set_python_side", &set_python_side);
 }

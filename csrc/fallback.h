@@ -47,6 +47,15 @@ Plan plan_without_rule(const c10::OperatorHandle& op);
 // For any operator, where nobody but this package has registered rules: what docs/coverage.md lists.
 Plan plan_of(const c10::OperatorHandle& op);
 
+// How to attend, other than to what.
+struct AttentionOptions {
+  double dropout_p;
+  bool is_causal;
+  std::optional<double> scale;
+  bool enable_gqa;
+  int64_t rows;  // of queries in a chunk
+};
+
 // What the Python side provides, set once, at import.
 struct PythonHooks {
   // Whether PyTorch has a decomposition of the operator.
@@ -59,6 +68,13 @@ struct PythonHooks {
   std::string (*user_location)() = nullptr;
   // What the user's program calls this tensor, "weight" or "self.weight", or an empty string.
   std::string (*name_of_tensor)(const at::Tensor& tensor) = nullptr;
+  // scaled_dot_product_attention in memory that is linear in the length of the sequences, at any order of
+  // differentiation.
+  at::Tensor (*attend_in_chunks)(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                 const std::optional<at::Tensor>& mask, const AttentionOptions& options) = nullptr;
+  // The cotangents of query, key, value and, if there is a fourth, mask: differentiable, and linear in memory too.
+  std::vector<at::Tensor> (*attend_backward)(const at::Tensor& grad, const std::vector<at::Tensor>& inputs,
+                                             const AttentionOptions& options) = nullptr;
 };
 PythonHooks& python_hooks();
 

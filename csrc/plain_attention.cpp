@@ -1,6 +1,7 @@
 // Attention, and the fused forms of the transformer modules in evaluation mode, as compositions of plain operators.
 // See plain_compositions.h first.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
@@ -14,6 +15,8 @@
 #include <cmath>
 #include <limits>
 
+#include "fallback.h"
+#include "fused_attention.h"
 #include "plain_compositions.h"
 
 namespace functorch_lite {
@@ -21,19 +24,41 @@ namespace {
 
 constexpr auto kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-// scaled_dot_product_attention without the fused kernels: those have no second derivative, no forward mode, and see
-// one batch only.
-void plain_attention(const c10::OperatorHandle& op, Stack& stack) {
-  const NamedArguments args(op, stack);
+// All scores[*,T,S] in one tensor.
+at::Tensor attend_at_once(const NamedArguments& args) {
   const auto query = args.tensor("query");
   auto mask = args.optional_tensor("attn_mask");
   if (mask.has_value() && mask->scalar_type() == c10::kBool) {
     // Added to the scores: nothing where the mask is true, minus infinity elsewhere.
     mask = at::zeros_like(*mask, query.scalar_type()).masked_fill(mask->logical_not(), kMinusInfinity);
   }
-  auto result = std::get<0>(at::_scaled_dot_product_attention_math(
+  return std::get<0>(at::_scaled_dot_product_attention_math(
       query, args.tensor("key"), args.tensor("value"), mask, args["dropout_p"].toDouble(), args.flag("is_causal"),
       /*dropout_mask=*/{}, args["scale"].toOptional<double>(), args.flag("enable_gqa")));
+}
+
+bool chooses_fused(const NamedArguments& args) {
+  return at::_fused_sdp_choice(args.tensor("query"), args.tensor("key"), args.tensor("value"),
+                               args.optional_tensor("attn_mask"), args["dropout_p"].toDouble(), args.flag("is_causal"),
+                               args["scale"].toOptional<double>(), args.flag("enable_gqa")) != kPlainAttention;
+}
+
+// scaled_dot_product_attention without the fused kernels where those do not serve: they have no second derivative, no
+// forward mode, and see one batch only.
+void attention_composition(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  if (fused_attention_serves(args) && chooses_fused(args)) {
+    return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
+  }
+  // Both is an error, of which plain operators tell.
+  const bool is_error = args.flag("is_causal") && args.optional_tensor("attn_mask").has_value();
+  const auto rows = is_error ? std::nullopt : attention_chunk(args.tensor("query"), args.tensor("key"));
+  auto result = rows.has_value() ? python_hooks().attend_in_chunks(
+                                       args.tensor("query"), args.tensor("key"), args.tensor("value"),
+                                       args.optional_tensor("attn_mask"),
+                                       {args["dropout_p"].toDouble(), args.flag("is_causal"),
+                                        args["scale"].toOptional<double>(), args.flag("enable_gqa"), *rows})
+                                 : attend_at_once(args);
   torch::jit::drop(stack, count_arguments(op));
   torch::jit::push(stack, std::move(result));
 }
@@ -155,7 +180,7 @@ void transformer_encoder_layer(const c10::OperatorHandle& op, Stack& stack) {
 
 const std::vector<PlainRow>& attention_compositions() {
   static const std::vector<PlainRow> rows{
-      {"scaled_dot_product_attention", plain_attention},
+      {"scaled_dot_product_attention", attention_composition},
       {"_native_multi_head_attention", multi_head_attention},
       {"_transformer_encoder_layer_fwd", transformer_encoder_layer},
       {"_transform_bias_rescale_qkv", transform_bias_rescale_qkv},

@@ -18,10 +18,4 @@ PlainComposition find_plain_composition(const c10::OperatorName& name) {
   return found == table.end() ? nullptr : found->second;
 }
 
-void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack) {
-  constexpr int64_t kPlain = 0;
-  torch::jit::drop(stack, count_arguments(op));
-  torch::jit::push(stack, kPlain);
-}
-
 }  // namespace functorch_lite

@@ -29,9 +29,6 @@ PlainComposition find_plain_composition(const c10::OperatorName& name);
 constexpr auto kNoNestedTensors =
     "A nested tensor cannot be a batch of examples. Make the nn.TransformerEncoder with enable_nested_tensor=False.";
 
-// _fused_sdp_choice: always the plain form.
-void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack);
-
 // int64[n] on the CPU.
 at::Tensor tensor_of(const std::vector<int64_t>& numbers);
 

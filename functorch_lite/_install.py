@@ -31,6 +31,7 @@ def connect() -> None:
     """Give the extension the Python functions that it calls."""
     from functorch_lite import (
         _C,
+        _attention,
         _boundary,
         _checkpoint,
         _checks,
@@ -49,6 +50,8 @@ def connect() -> None:
         _boundary.user_location,
         _boundary.name_of_tensor,
         _checks.EscapedTensorError,
+        _attention.attend_in_chunks,
+        _attention.attend_backward,
     )
     _repr.install()
     _new.install()

@@ -195,6 +195,9 @@ def test_examples_share_one_call_of_the_fused_kernel():
     assert calls.names.count("_scaled_dot_product_flash_attention_for_cpu") == 1
     with Calls() as calls:
         vmap(grad(lambda q: f(q).sum()))(q)
+    assert calls.names.count("_scaled_dot_product_flash_attention_for_cpu") == 1
+    assert calls.names.count("_scaled_dot_product_flash_attention_for_cpu_backward") == 1
+    with Calls() as calls:
         vmap(f)(q.clone().requires_grad_())
     assert "_scaled_dot_product_flash_attention_for_cpu" not in calls.names
 

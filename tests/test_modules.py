@@ -6,8 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functorch_lite import functional_call, grad, replace_all_batch_norm_modules_, stack_module_state, vmap
+from functorch_lite import (
+    functional_call,
+    grad,
+    hessian,
+    jvp,
+    replace_all_batch_norm_modules_,
+    stack_module_state,
+    vmap,
+)
+
+from .support.oracles import finite_difference_jvp
 
 
 class Tied(nn.Module):
@@ -186,3 +197,108 @@ def test_batch_norm_without_statistics_maps():
     xs = torch.rand(3, 4, 2)
     torch.testing.assert_close(vmap(net)(xs), torch.stack([net(x) for x in xs]))
     assert list(net.buffers()) == []
+
+
+# Derivatives of a loss by the parameters and the input, against nested torch.autograd.
+
+
+class Attention(nn.Module):
+    def __init__(self, need_weights):
+        super().__init__()
+        self.attention, self.need_weights = nn.MultiheadAttention(4, 2, batch_first=True), need_weights
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+class Lstm(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+SMOOTH_NETWORKS = {
+    "attention": (lambda: Attention(False), (2, 3, 4)),
+    "attention_eval": (lambda: Attention(False).eval(), (2, 3, 4)),
+    "attention_with_weights": (lambda: Attention(True), (2, 3, 4)),
+    "transformer": (_transformer, (2, 3, 4)),
+    "transformer_eval": (lambda: _transformer().eval(), (2, 3, 4)),
+    "lstm": (lambda: Lstm(), (2, 3, 3)),
+    "lstm_two_ways_projected": (lambda: Lstm(bidirectional=True, proj_size=2), (2, 3, 3)),
+    "cnn_group_norm": (_cnn, (2, 1, 6, 6)),
+}
+
+
+@pytest.fixture(params=SMOOTH_NETWORKS)
+def network(request):
+    """(loss of parameters and input, variables, two directions)"""
+    torch.manual_seed(0)
+    make, sizes = SMOOTH_NETWORKS[request.param]
+    module = make().double()
+    names = list(_state(module))
+    loss = lambda *xs: functional_call(module, dict(zip(names, xs, strict=False)), (xs[-1],)).sin().sum()  # noqa: E731
+    variables = [*_state(module).values(), torch.rand(sizes, dtype=torch.float64)]
+    return loss, variables, [tuple(torch.rand_like(x) for x in variables) for _ in range(2)]
+
+
+def _plain_gradients(loss, variables, directions=()):
+    xs = [x.clone().requires_grad_() for x in variables]
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients = torch.autograd.grad(loss(*xs), xs, create_graph=True)
+        for direction in directions:
+            along = sum((g * v).sum() for g, v in zip(gradients, direction, strict=True))
+            gradients = torch.autograd.grad(along, xs, create_graph=True, materialize_grads=True, allow_unused=True)
+    return tuple(g.detach() for g in gradients)
+
+
+def _all(loss, variables):
+    return grad(loss, argnums=tuple(range(len(variables))))
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_forward_mode(network, grad_mode):
+    """Without grad mode modules in evaluation take PyTorch's fast path."""
+    loss, variables, (v, _) = network
+    with torch.set_grad_enabled(grad_mode):
+        tangent = jvp(loss, tuple(variables), v)[1]
+    torch.testing.assert_close(tangent, finite_difference_jvp(loss, variables, v), atol=1e-6, rtol=1e-6)
+
+
+def test_second_derivatives(network):
+    loss, variables, (v, _) = network
+    gradient = _all(loss, variables)
+    expected = _plain_gradients(loss, variables, [v])
+    torch.testing.assert_close(jvp(gradient, tuple(variables), v)[1], expected)
+    along = lambda *xs: sum((g * d).sum() for g, d in zip(gradient(*xs), v, strict=True))  # noqa: E731
+    torch.testing.assert_close(_all(along, variables)(*variables), expected)
+    torch.testing.assert_close(_all(lambda *xs: jvp(loss, xs, v)[1], variables)(*variables), expected)
+
+
+def test_third_derivatives(network):
+    """Against differences of second ones: PyTorch's third derivative of layer norm is wrong."""
+    loss, variables, (v, w) = network
+    hvp = lambda *xs: jvp(_all(loss, variables), xs, v)[1]  # noqa: E731
+    plain = lambda *xs: torch.cat([g.flatten() for g in _plain_gradients(loss, xs, [v])])  # noqa: E731
+    third = torch.cat([g.flatten() for g in jvp(hvp, tuple(variables), w)[1]])
+    expected = finite_difference_jvp(plain, variables, w)
+    torch.testing.assert_close(third, expected, rtol=1e-6, atol=1e-7 * expected.abs().max().item())
+
+
+def test_second_derivatives_of_examples(network):
+    loss, variables, (v, _) = network
+    x = variables[-1]
+    hvp = lambda x: jvp(_all(loss, variables), (*variables[:-1], x[None]), (*v[:-1], v[-1][:1]))[1]  # noqa: E731
+    expected = [_plain_gradients(loss, [*variables[:-1], one[None]], [(*v[:-1], v[-1][:1])]) for one in x]
+    torch.testing.assert_close(vmap(hvp)(x), tuple(torch.stack(column) for column in zip(*expected, strict=True)))
+
+
+def test_hessian(network):
+    loss, variables, _ = network
+    bias, others = variables[1], [variables[0], *variables[2:]]
+    by_bias = lambda bias: loss(others[0], bias, *others[1:])  # noqa: E731
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.autograd.functional.hessian(by_bias, bias)
+    torch.testing.assert_close(hessian(by_bias)(bias), expected)

@@ -1,31 +1,16 @@
 // Attention: one call of a fused kernel with the examples in its batch where nothing takes a derivative, and a
 // composition of plain operators elsewhere.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/reshape.h>
 
 #include <algorithm>
 
-#include "../autodiff_level.h"
 #include "../fallback.h"
-#include "../plain_compositions.h"
+#include "../fused_attention.h"
 #include "rules.h"
 
 namespace functorch_lite {
 namespace {
-
-// Whether a derivative may be taken through the call: at a level outside, or by PyTorch's autograd outside all levels.
-bool may_be_differentiated(const Stack& stack, size_t n) {
-  for (const auto* level = current_level(); level != nullptr; level = level->parent()) {
-    if (level->differentiates()) return true;
-  }
-  bool any = false;
-  for_each_tensor(stack.data() + stack.size() - n, n, [&](const at::Tensor& tensor) {
-    const auto& value = innermost_value(tensor);
-    any |= (at::GradMode::is_enabled() && value.requires_grad()) || has_tangent(value);
-  });
-  return any;
-}
 
 // x[B,*,h,n,e] -> x[B*..,h,n,e]
 at::Tensor flatten_leading(const at::Tensor& x) { return x.flatten(0, -4); }
@@ -54,8 +39,9 @@ void fold_mask(BatchCall& call, size_t i, c10::SymIntArrayRef leading) {
   call.arg(i) = flatten_leading(mask.expand_symint(sizes));
 }
 
-// q[B?,*,h,l,e], k[B?,*,h,s,e], v[B?,*,h,s,f], mask[B?,*,h,l,s] -> y[B,*,h,l,f]
-void fold_attention(BatchCall& call) {
+// q[B?,*,h,l,e], k[B?,*,h,s,e], v[B?,*,h,s,f], mask[B?,*,h,l,s] -> [B*..,h,n,*] each. Returns the sizes of
+// y[B,*,h,l,f].
+std::vector<c10::SymInt> fold_arguments(BatchCall& call) {
   const auto rank = call.rank(0);
   for (size_t i = 0; i < 3; ++i) call.expand_to_front(i, 3);
   auto sizes = call.tensor(0).sym_sizes().vec();
@@ -67,6 +53,11 @@ void fold_attention(BatchCall& call) {
   sizes.back() = call.tensor(2).sym_size(-1);
   if (rank == 2) sizes.erase(sizes.begin() + 1);
   for (size_t i = 0; i < 3; ++i) call.arg(i) = flatten_leading(call.tensor(i));
+  return sizes;
+}
+
+void fold_attention(BatchCall& call) {
+  const auto sizes = fold_arguments(call);
   call.call();
   call.set_results(at::reshape_symint(call.result().toTensor(), sizes));
   call.finish();
@@ -80,11 +71,23 @@ void attention(const c10::OperatorHandle& op, Stack& stack) {
   if (draws) check_randomness(op, level);
   const bool differs = draws && level.randomness() == VmapLevel::Randomness::kDifferent;
   const bool batched = differs || any_batched(stack.data() + stack.size() - n, n);
-  if (!batched || (draws && !differs) || may_be_differentiated(stack, n) || !has_one_batch(args)) {
+  if (!batched || (draws && !differs) || !fused_attention_serves(args) || !has_one_batch(args)) {
     return find_plain_composition(op.operator_name())(op, stack);
   }
   BatchCall call(op, stack);
   fold_attention(call);
+}
+
+// Of an autodiff level within, which calls a kernel for tensors of rank 4 only.
+void choose_attention(const c10::OperatorHandle& op, Stack& stack) {
+  const NamedArguments args(op, stack);
+  if (args.tensor("query").dim() != 4 || !fused_attention_serves(args) || !has_one_batch(args)) {
+    return choose_plain_attention(op, stack);
+  }
+  BatchCall call(op, stack);
+  fold_arguments(call);
+  call.call();
+  call.finish_unbatched();
 }
 
 bool is_one_of(const std::string& name, std::initializer_list<std::string_view> names) {
@@ -164,7 +167,7 @@ void add_attention_rules(RuleTable& rules) {
   for (const auto& [op, composition] : attention_compositions()) {
     rules.add(std::string_view(op) == "scaled_dot_product_attention" ? &attention : composition, {op});
   }
-  rules.add(&choose_plain_attention, {"_fused_sdp_choice"});
+  rules.add(&choose_attention, {"_fused_sdp_choice"});
   rules.add(along({"dim"}), {"_safe_softmax"});  // PyTorch's decomposition has the derivative NaN where all is masked
   const auto kernel = [](size_t folded_results) {
     return Family{"attention", [=](const c10::FunctionSchema&) -> Rule { return AttentionKernel{folded_results}; }};
