@@ -259,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
       .def("value_of", &TapeLevel::value_of)
       .def("is_from_outside", &TapeLevel::is_from_outside)
       .def("record", &record_call)
+      .def_static("take_place", &TapeLevel::take_place)
       .def("finish", &TapeLevel::finish);
 
   py::class_<OutsideContext>(m, "Outside")

@@ -396,6 +396,10 @@ void TapeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   if (has_effect) tape_->steps_.push_back(std::move(*step));
 }
 
+void TapeLevel::take_place(const at::Tensor& target, const at::Tensor& result) {
+  as_wrapper(target)->slot = as_wrapper(result)->slot;
+}
+
 Tensors TapeLevel::record(Call call, const Tensors& arguments, const Tensors& results) {
   const bool records = paused_ == 0;
   Tape::Step step{.op = std::nullopt,

@@ -88,6 +88,8 @@ class TapeLevel final : public Level {
   bool is_from_outside(const at::Tensor& tensor) const;
   // Records a step, with the values that it has one level down. Returns them lifted.
   Tensors record(Call call, const Tensors& arguments, const Tensors& results);
+  // From now on `target`, which a step wrote into, is what the step returned for it.
+  static void take_place(const at::Tensor& target, const at::Tensor& result);
   // The tape, and the values of the outputs one level down.
   std::pair<c10::intrusive_ptr<Tape>, Tensors> finish(const Tensors& outputs);
 

@@ -8,10 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.utils.checkpoint as plain
-from torch import Tensor
-from torch.autograd import Function
 
-from functorch_lite import _C, _checks, _tree
+from functorch_lite import _C
 from functorch_lite._remat import remat
 
 # What `plain.checkpoint` calls is kept under this name on the function, so that it can be replaced for those who
@@ -60,40 +58,6 @@ def _without_policy(context: AbstractContextManager[Any]) -> AbstractContextMana
     return nullcontext() if is_policy else context
 
 
-def _apply_on_tape(level: _C.TapeLevel, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A Function is one step of the tape: its derivative is its own at every level."""
-    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-    tensors = [args[i] for i in places]
-    others = [None if isinstance(arg, Tensor) else arg for arg in args]
-
-    def apply(tensors: list[Tensor]) -> Any:
-        given = list(others)
-        for i, tensor in zip(places, tensors, strict=True):
-            given[i] = tensor
-        return cls.apply(*given, **kwargs)
-
-    def tensors_of(outputs: Any) -> list[Tensor]:
-        return [leaf for leaf in _tree.flatten(outputs)[0] if isinstance(leaf, Tensor)]
-
-    versions = [tensor._version for tensor in tensors]
-    with _C.Below():
-        outputs = apply([level.value_of(tensor) for tensor in tensors])
-    for tensor, version in zip(tensors, versions, strict=True):
-        if tensor._version != version and level.is_from_outside(tensor):
-            _checks.refuse_checkpointed_write(cls.__name__, tensor)
-    lifted = iter(level.record(lambda tensors: tensors_of(apply(tensors)), tensors, tensors_of(outputs)))
-    return _tree.map_tensors(lambda _: next(lifted), outputs)
-
-
 def install() -> None:
     """Make `torch.utils.checkpoint.checkpoint` know levels, also where it has been imported before."""
     setattr(_undecorated, _ENTRY, _checkpoint)
-    apply_elsewhere = Function.apply.__func__  # type: ignore[attr-defined]
-
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        level = _C.current_level()
-        if isinstance(level, _C.TapeLevel):
-            return _apply_on_tape(level, cls, args, kwargs)
-        return apply_elsewhere(cls, *args, **kwargs)
-
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

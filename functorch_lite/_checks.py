@@ -375,10 +375,18 @@ def check_randomness(transform: str, randomness: Any) -> None:
         raise ValueError(f"{transform}: randomness must be 'error', 'same' or 'different', got {randomness!r}.")
 
 
+def refuse_unreturned_write(name: str, target: Tensor) -> NoReturn:
+    """Raise: an autograd.Function on a tape writes into an argument that it does not return."""
+    raise NotImplementedError(
+        f"checkpoint: {name} writes in place into an argument (shape {tuple(target.shape)}, dtype {target.dtype}) that "
+        f"it does not return. Return it, after ctx.mark_dirty, or write into a clone."
+    )
+
+
 def refuse_checkpointed_write(function: str, target: Tensor) -> None:
     """Refuse an autograd.Function that would write into the same memory again when it is computed again."""
     raise NotImplementedError(
-        f"checkpoint: the torch.autograd.Function {function} writes in place into a tensor from outside the "
+        f"checkpoint: {function} writes in place into a tensor from outside the "
         f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
         f"the function is computed again. Pass a clone."
     )

@@ -52,6 +52,8 @@ class _Operation:
 def _call(op: _Operation, leaves: Leaves) -> Leaves:
     """Call an operation at the innermost level."""
     level = _C.current_level()
+    if isinstance(level, _C.TapeLevel):
+        return _call_on_tape(op, level, leaves)
     if any(_is_variable(level, leaf) for leaf in leaves):
         assert not isinstance(level, _C.VmapLevel)
         if level is not None and level.kind == "jvp":
@@ -64,6 +66,36 @@ def _call(op: _Operation, leaves: Leaves) -> Leaves:
         handed = _HandedDown(op, level, below, [dim for _, dim in unwrapped])
         outputs = _call(handed, [value for value, _ in unwrapped])
     return [_lifted(level, output, 0) for output in outputs]
+
+
+def _call_on_tape(op: _Operation, level: _C.TapeLevel, leaves: Leaves) -> Leaves:
+    """An operation is one step of a tape: it is called again, and its derivative is its own at every level."""
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def filled(tensors: Sequence[Tensor]) -> Leaves:
+        result = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            result[i] = tensor
+        return result
+
+    # A tape of its own tells whether the function reads anything beside its arguments.
+    with _C.TapeLevel(True) as inner:
+        outputs = op.value(filled([inner.lift(leaves[i]) for i in places]))
+        found = [i for i, output in enumerate(outputs) if isinstance(output, Tensor)]
+        tape, _ = inner.finish([outputs[i] for i in found])
+    if len(tape.inputs) > len(places):
+        _checks.refuse_capture(level.kind, op.name)
+
+    def again(tensors: list[Tensor]) -> list[Tensor]:
+        results = _call(op, filled(tensors))
+        return [results[i] for i in found]
+
+    with _C.Below():
+        values = again([level.value_of(leaves[i]) for i in places])
+    lifted = level.record(again, [leaves[i] for i in places], values)
+    for i, output in zip(found, lifted, strict=True):
+        outputs[i] = output
+    return outputs
 
 
 def _is_variable(level: Level | None, leaf: Any) -> bool:

@@ -25,6 +25,8 @@ from torch.library import Library
 from functorch_lite import _custom_operator, _linear_cross_entropy, _rules
 
 _KEY = "FuncTorchBatched"
+# Where operators arrive at a level that differentiates: kBelowAutograd in csrc/keys.h, with autograd on top.
+_AUTODIFF_KEY = "AutogradPrivateUse3"
 _plain_impl: Callable[..., None] = Library.impl
 _plain_define: Callable[..., Any] = Library.define
 
@@ -48,7 +50,11 @@ def _adopt(library: Library, op: OpOverload, captured: dict[str, Any]) -> None:
     # PyTorch's own rules for these are loops.
     ours = _linear_cross_entropy.COMPOSITIONS.get(op.name())
     _rules.library_rules[op.name()] = ours or _rules.OperatorRule(op, find_rule)
-    _plain_impl(library, op.name().partition("::")[2], _rules.kernel_of(op), _rules.RULES_KEY)
+    name = op.name().partition("::")[2]
+    _plain_impl(library, name, _rules.kernel_of(op), _rules.RULES_KEY)
+    composition = _linear_cross_entropy.DIFFERENTIABLE.get(op.name())
+    if composition is not None:
+        _plain_impl(library, name, composition, _AUTODIFF_KEY)
 
 
 @functools.wraps(_plain_impl)

@@ -198,6 +198,8 @@ def _apply(call: Call, args: Sequence[Any]) -> Any:
         return _apply_at_vmap(level, call, args)
     if level is None:
         return plain_apply(call.unit.node, *args, call)
+    if isinstance(level, _C.TapeLevel):
+        return _apply_on_tape(level, call, args)
     call.has_tangent = ()
     if level.kind == "jvp":
         call.has_tangent = tuple(isinstance(arg, Tensor) and level.tangent_of(arg) is not None for arg in args)
@@ -214,6 +216,52 @@ def _apply(call: Call, args: Sequence[Any]) -> Any:
         outputs = _like(outputs, tuple(originals.get(id(output), output) for output in as_tuple(outputs)))
         call.context = call.context.moved(lambda tensor, _: originals.get(id(tensor), tensor))
     return outputs
+
+
+def _apply_on_tape(level: _C.TapeLevel, call: Call, args: Sequence[Any]) -> Any:
+    """A unit is one step of a tape: it is called again, and its derivative is its own at every level."""
+    leaves, spec = _tree.flatten(tuple(args))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def run(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The outputs, and all tensors among them and, if a level above needs it, in the context."""
+        given = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            given[i] = tensor
+        outputs = _apply(call, _tree.unflatten(given, spec))
+        found = [output for output in as_tuple(outputs) if isinstance(output, Tensor)]
+        if call.keeps_context:
+            call.context.moved(lambda tensor, _: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return outputs, found
+
+    def again(tensors: list[Tensor]) -> list[Tensor]:
+        found = run(Call(call.unit, needs, call.keeps_context), tensors)[1]
+        assert len(found) == len(results)
+        return found
+
+    tensors = [leaves[i] for i in places]
+    needs = call.needs
+    versions = [tensor._version for tensor in tensors]
+    with _C.Below():
+        values = _distinct([level.value_of(tensor) for tensor in tensors])
+        outputs, results = run(call, values)
+    known = dict(zip(map(id, values), tensors, strict=True))
+    lifted = level.record(again, tensors, results)
+    for result, here in zip(results, lifted, strict=True):
+        known.setdefault(id(result), here)
+    for i, (tensor, version) in enumerate(zip(tensors, versions, strict=True)):
+        if tensor._version == version:
+            continue
+        if level.is_from_outside(tensor):
+            _checks.refuse_checkpointed_write(call.unit.name, tensor)
+        written = next((here for r, here in zip(results, lifted, strict=True) if r is values[i]), None)
+        if written is None:
+            _checks.refuse_unreturned_write(call.unit.name, tensor)
+        level.take_place(tensor, written)
+    call.context = call.context.moved(lambda tensor, _: known.get(id(tensor), tensor))
+    return _like(
+        outputs, tuple(known[id(output)] if isinstance(output, Tensor) else output for output in as_tuple(outputs))
+    )
 
 
 def _is_foreign(level: _C.AutodiffLevel, arg: Any) -> bool:
