@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "derivative_rules.h"
+#include "fallback.h"
 #include "fused_attention.h"
 #include "keys.h"
 #include "op_args.h"
@@ -59,12 +60,14 @@ bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requir
 
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
-  TORCH_CHECK_VALUE(false, level.kind(), ": the function calls the in-place operator ", op.operator_name().name,
-                    " to write a value that depends on the differentiated inputs into a tensor captured from outside "
-                    "(shape ",
+  const auto name = python_hooks().name_of_tensor(target);
+  TORCH_CHECK_VALUE(false, level.transform(), ": the function calls the in-place operator ", op.operator_name().name,
+                    " to write a value that depends on the differentiated inputs into ",
+                    name.empty() ? "a tensor" : "`" + name + "`, a tensor", " captured from outside (shape ",
                     target.sym_sizes(), ", dtype ", target.scalar_type(),
                     "). The derivative would be lost. Return the value from the function, or write into a tensor that "
-                    "is created inside it, for example a clone of the captured one.");
+                    "is created inside it, for example ",
+                    name.empty() ? "a clone of the captured one" : name + ".clone()", ".");
 }
 
 }  // namespace
@@ -384,6 +387,9 @@ void register_below_autograd() {
   handlers->register_pending();
 }
 
-AutodiffLevel::AutodiffLevel(Mode mode) : Level(/*sets_modes=*/true), mode_(mode) { handlers->register_pending(); }
+AutodiffLevel::AutodiffLevel(Mode mode, std::string transform)
+    : Level(/*sets_modes=*/true), mode_(mode), transform_(std::move(transform)) {
+  handlers->register_pending();
+}
 
 }  // namespace functorch_lite

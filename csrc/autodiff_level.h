@@ -23,12 +23,14 @@ class AutodiffLevel final : public Level {
  public:
   enum class Mode : uint8_t { kReverse, kForward };
 
-  explicit AutodiffLevel(Mode mode);
+  // `transform`: what messages call it, if it is not plainly grad or jvp.
+  explicit AutodiffLevel(Mode mode, std::string transform = "");
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
   bool differentiates() const override { return true; }
   const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
   bool is_forward() const override { return mode_ == Mode::kForward; }
+  std::string transform() const { return transform_.empty() ? kind() : transform_; }
 
   // Lifts an input and marks it as a variable of this level.
   at::Tensor lift_variable(const at::Tensor& value);
@@ -63,6 +65,7 @@ class AutodiffLevel final : public Level {
  private:
   bool needs_derivative(const at::Tensor& tensor) const;
   Mode mode_;
+  std::string transform_;
 };
 
 // Called once, at import.

@@ -238,10 +238,11 @@ PYBIND11_MODULE(_C, m) {
       .def("lift", &lift_batched)
       .def("unwrap", &unwrap_batched);
   py::class_<AutodiffLevel, Level, c10::intrusive_ptr<AutodiffLevel>>(m, "AutodiffLevel")
-      .def(py::init([](bool forward) {
-        return c10::make_intrusive<AutodiffLevel>(forward ? AutodiffLevel::Mode::kForward
-                                                          : AutodiffLevel::Mode::kReverse);
-      }))
+      .def(py::init([](bool forward, std::string transform) {
+             const auto mode = forward ? AutodiffLevel::Mode::kForward : AutodiffLevel::Mode::kReverse;
+             return c10::make_intrusive<AutodiffLevel>(mode, std::move(transform));
+           }),
+           py::arg("forward"), py::arg("transform") = "")
       .def("lift_variable", &AutodiffLevel::lift_variable)
       .def("lift_dual", &AutodiffLevel::lift_dual)
       .def("lift_constant", [](AutodiffLevel& level, const at::Tensor& value) { return wrap(value, level); })

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,22 +64,44 @@ _EXPLAINED = {
 }
 
 
-def _explain(error: BaseException) -> None:
+#: What PyTorch says of an operator without a derivative: its name and, in one of the ways, that of an argument.
+_NO_DERIVATIVE = re.compile(
+    r"^(?:the )?derivative for (?:aten::|'(?:inplace version of )?)"
+    r"(?P<op>\w+)(?:: (?P<argument>\w+))?'? is not implemented"
+)
+_NO_OUT = re.compile(
+    r"^(?P<op>\w+)\(\): functions with out=|"
+    r"^Trying to use forward AD with (?P<forward>\w+) that does not support it because it is an out="
+)
+
+
+def _explain(transform: str, error: BaseException) -> None:
     """Say what the user can do, where PyTorch's own message does not fit the situation."""
-    if isinstance(error, RuntimeError) and len(error.args) == 1 and isinstance(error.args[0], str):
-        for raw, message in _EXPLAINED.items():
-            if raw in error.args[0]:
-                error.args = (message,)
+    if not (isinstance(error, RuntimeError) and len(error.args) == 1 and isinstance(error.args[0], str)):
+        return
+    said = error.args[0]
+    for raw, message in _EXPLAINED.items():
+        if raw in said:
+            error.args = (message,)
+    if transform == "vmap":  # the derivative is taken by another transform
+        return
+    if found := _NO_DERIVATIVE.search(said):
+        error.args = (_checks.no_derivative(transform, found["op"], found["argument"]),)
+    elif found := _NO_OUT.search(said):
+        error.args = (_checks.no_derivative_of_out(transform, found["op"] or found["forward"].removesuffix("_out")),)
 
 
-def boundary(function: FunctionT, like: object = None) -> FunctionT:
-    """Wrap what users call: an error shows their lines, not ours. ``like`` lends its name and docstring."""
+def boundary(transform: str, function: FunctionT, like: object = None) -> FunctionT:
+    """Wrap what users call: an error shows their lines, not ours, and names ``transform``.
+
+    ``like`` lends its name and docstring.
+    """
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            _explain(error)
+            _explain(transform, error)
             if os.environ.get(FULL_TRACEBACK, "0") == "0":
                 error.__traceback__ = _without_our_frames(error.__traceback__)
             raise

@@ -219,6 +219,24 @@ def check_differentiable(transform: str, leaf: Any, name: str) -> None:
         )
 
 
+def no_derivative(transform: str, operator: str, argument: str | None) -> str:
+    """What to say of an operator without a derivative."""
+    by = f" by its argument '{argument}'" if argument else ""
+    return (
+        f"{transform}: the operator {operator} has no derivative{by}. If the result is to be differentiated as if that "
+        f"were a constant, pass x.detach(); otherwise write it with other operators, or give a function of your own a "
+        f"derivative with functorch_lite.custom_vjp or custom_jvp."
+    )
+
+
+def no_derivative_of_out(transform: str, operator: str) -> str:
+    """What to say of an operator that writes a differentiated result into its ``out`` argument."""
+    return (
+        f"{transform}: {operator}(..., out=tensor) cannot be differentiated. Use what {operator}(...) returns, and "
+        f"tensor.copy_(result) if it has to be written into a tensor that the function made."
+    )
+
+
 def check_pair(transform: str, func: Any, output: Any) -> None:
     """Require the (output, aux) that ``has_aux=True`` promises."""
     if not (isinstance(output, tuple) and len(output) == 2):

@@ -319,7 +319,7 @@ class _Custom:
         given = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
         self._nondiff_argnums = given
         functools.update_wrapper(self, func)
-        self._run = boundary(self._call)
+        self._run = boundary(self._decorator, self._call)
 
     @property
     def _name(self) -> str:

@@ -97,7 +97,7 @@ def _reverse(
         result = by_rows(pullback, arguments, chunk_size)
         return (result, aux) if has_aux else result
 
-    return boundary(jacobian, like=func)
+    return boundary(transform, jacobian, like=func)
 
 
 def jacfwd(
@@ -180,7 +180,7 @@ def _forward(
         result = _tree.unflatten(from_columns(columns, primals, spec, arguments), seen["spec"])
         return (result, aux) if has_aux else result
 
-    return boundary(jacobian, like=func)
+    return boundary(transform, jacobian, like=func)
 
 
 def hessian(
@@ -287,7 +287,7 @@ def jacobian(
         _, aux, result = run(*args, **kwargs)
         return (result, aux) if has_aux else result
 
-    return boundary(matrix, like=func)
+    return boundary("jacobian", matrix, like=func)
 
 
 def value_and_jacobian(
@@ -324,4 +324,4 @@ def value_and_jacobian(
         value, aux, result = run(*args, **kwargs)
         return ((value, aux) if has_aux else value), result
 
-    return boundary(both, like=func)
+    return boundary("value_and_jacobian", both, like=func)

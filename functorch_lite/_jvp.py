@@ -64,7 +64,7 @@ def _run_jvp(
     return (output, tangents_out, aux) if has_aux else (output, tangents_out)
 
 
-_jvp = boundary(_run_jvp)
+_jvp = boundary("jvp", _run_jvp)
 
 
 def push_forward(
@@ -87,7 +87,7 @@ def push_forward(
             _checks.check_differentiable(transform, primal, f"primals{_tree.paths(primals)[i]}")
     flat_tangents = _tree.leaves_like(transform, called, tangents, "primals", flat_primals, spec)
 
-    with _C.AutodiffLevel(True) as level:
+    with _C.AutodiffLevel(True, transform) as level:
         duals = [level.lift_dual(p, t) for p, t in zip(flat_primals, flat_tangents, strict=True)]
         output = func(*_tree.unflatten(duals, spec), **(kwargs or {}))
         aux = None

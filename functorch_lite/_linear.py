@@ -92,11 +92,11 @@ def _run_linearize(
     func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
 ) -> tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], Any]:
     output, aux, pullback = output_and_pullback("linearize", func, primals, has_aux, kwargs)
-    jvp_fn = boundary(Pushforward(pullback))
+    jvp_fn = boundary("jvp_fn", Pushforward(pullback))
     return (output, jvp_fn, aux) if has_aux else (output, jvp_fn)
 
 
-_linearize = boundary(_run_linearize)
+_linearize = boundary("linearize", _run_linearize)
 
 
 def linear_transpose(func: Callable[..., Any], *example: Any) -> Callable[..., Any]:
@@ -143,10 +143,10 @@ def _run_linear_transpose(func: Callable[..., Any], example: tuple[Any, ...]) ->
         # A pullback is the conjugate transpose.
         return _conjugate(pullback(*_conjugate(cotangents), **unknown))
 
-    return boundary(transpose_fn)
+    return boundary("transpose_fn", transpose_fn)
 
 
-_linear_transpose = boundary(_run_linear_transpose)
+_linear_transpose = boundary("linear_transpose", _run_linear_transpose)
 
 
 def _conjugate(tree: Any) -> Any:

@@ -67,7 +67,7 @@ def _run_hvp(
     return (value, product, aux) if has_aux else (value, product)
 
 
-_hvp = boundary(_run_hvp)
+_hvp = boundary("hvp", _run_hvp)
 
 
 def _gradient(
@@ -139,7 +139,7 @@ def _run_vhp(
     return (value, product, aux) if has_aux else (value, product)
 
 
-_vhp = boundary(_run_vhp)
+_vhp = boundary("vhp", _run_vhp)
 
 
 def gnvp(
@@ -206,4 +206,4 @@ def _run_gnvp(
     return value, _tree.unflatten(product, pullback.primals_spec)
 
 
-_gnvp = boundary(_run_gnvp)
+_gnvp = boundary("gnvp", _run_gnvp)

@@ -23,7 +23,7 @@ class Pullback:
     ) -> None:
         self._transform = transform
         self.called = "vjp_fn"  # in messages
-        self._level = _C.AutodiffLevel(False)
+        self._level = _C.AutodiffLevel(False, transform)
         self.primals, self.primals_spec = _tree.flatten(primals)
         for i, leaf in enumerate(self.primals):
             if not _tree.is_differentiable(leaf):
@@ -104,11 +104,11 @@ def _run_vjp(
     func: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, kwargs: dict[str, Any]
 ) -> tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], Any]:
     output, aux, pullback = output_and_pullback("vjp", func, primals, has_aux, kwargs)
-    vjp_fn = boundary(pullback)
+    vjp_fn = boundary("vjp_fn", pullback)
     return (output, vjp_fn, aux) if has_aux else (output, vjp_fn)
 
 
-_vjp = boundary(_run_vjp)
+_vjp = boundary("vjp", _run_vjp)
 
 
 def output_and_pullback(
@@ -186,7 +186,7 @@ def grad(func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: 
         _, aux, grads = run(*args, **kwargs)
         return (grads, aux) if has_aux else grads
 
-    return boundary(gradient, like=func)
+    return boundary("grad", gradient, like=func)
 
 
 def grad_and_value(
@@ -218,7 +218,7 @@ def grad_and_value(
         value, aux, grads = run(*args, **kwargs)
         return grads, (value, aux) if has_aux else value
 
-    return boundary(gradient_and_value, like=func)
+    return boundary("grad_and_value", gradient_and_value, like=func)
 
 
 def value_and_grad(
@@ -250,4 +250,4 @@ def value_and_grad(
         value, aux, grads = run(*args, **kwargs)
         return ((value, aux) if has_aux else value), grads
 
-    return boundary(both, like=func)
+    return boundary("value_and_grad", both, like=func)

@@ -77,7 +77,7 @@ def vmap(
             outputs.append(_map(func, chunk, spec, dims, size, out_dims, mode, kwargs, chunks))
         return _join_chunks(func, outputs, out_dims)
 
-    return boundary(mapped, like=func)
+    return boundary("vmap", mapped, like=func)
 
 
 def _map(

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include "../derivative_node.h"
 #include "../derivative_rules.h"
 #include "../fallback.h"
 #include "../fused_attention.h"
@@ -14,7 +15,6 @@ namespace {
 
 using torch::autograd::Node;
 using torch::autograd::variable_list;
-using NodePtr = decltype(torch::autograd::Edge::function);
 
 // Runs the node of the kernel, or the composition.
 class AttentionBackward final : public Node {
@@ -53,16 +53,6 @@ class AttentionBackward final : public Node {
   AttentionOptions options_;
 };
 
-// PyTorch has changed the pointer by which it holds nodes.
-template <class Pointer, class... Args>
-Pointer make_attention_node(Args&&... args) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return std::make_shared<AttentionBackward>(std::forward<Args>(args)...);
-  } else {
-    return c10::make_intrusive<AttentionBackward>(std::forward<Args>(args)...);
-  }
-}
-
 // The arguments of a kernel.
 struct KernelCall {
   std::vector<at::Tensor> inputs;
@@ -94,7 +84,7 @@ void record_kernel(AutodiffLevel&, const Operator& op, Stack& stack) {
   const auto& output = first_result(op, stack);
   if (call.options.dropout_p > 0 || !output.requires_grad()) return;
   if (call.mask.has_value()) call.inputs.push_back(*call.mask);
-  auto node = make_attention_node<NodePtr>(output.grad_fn(), call.inputs, call.options);
+  auto node = make_node<AttentionBackward>(output.grad_fn(), call.inputs, call.options);
   const auto position = node->add_input_metadata(output);
   torch::autograd::impl::set_gradient_edge(output, {std::move(node), position});
 }

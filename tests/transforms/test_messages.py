@@ -454,10 +454,38 @@ def test_writes_of_a_batch_into_what_is_none(name):
 def test_writes_into_captured_tensors(name):
     f = lambda x: CAPTURED.copy_(x).sum()
     call = {"grad": lambda: grad(f)(X), "vjp": lambda: vjp(f, X), "jvp": lambda: jvp(f, (X,), (X,))}[name]
-    kind = "jvp: " if name == "jvp" else "grad: "
     refused(
-        call, ValueError, kind, "aten::copy_", "captured from outside (shape [3]", "derivative would be lost", "clone"
+        call,
+        ValueError,
+        f"{name}: ",
+        "aten::copy_",
+        "`CAPTURED`, a tensor captured from outside (shape [3]",
+        "derivative would be lost",
+        "CAPTURED.clone()",
     )
+
+
+NO_DERIVATIVE = {
+    "igamma": (lambda x: torch.igamma(x, x).sum(), ("operator igamma", "by its argument 'input'", "custom_vjp")),
+    "heaviside": (lambda x: torch.heaviside(x, x).sum(), ("operator heaviside", "has no derivative", "detach")),
+    "geqrf": (lambda x: torch.geqrf(torch.diag(x))[0].sum(), ("operator geqrf", "has no derivative")),
+    "out": (lambda x: torch.sin(x, out=torch.zeros(3)).sum(), ("sin(..., out=tensor)", "copy_(result)")),
+    "airy": (lambda x: torch.special.airy_ai(x).sum(), ("special_airy_ai", "constant, which it is not", "custom_vjp")),
+}
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "jacrev", "hessian", "vjp_fn"])
+@pytest.mark.parametrize("operator", NO_DERIVATIVE)
+def test_operators_without_derivative(operator, name):
+    f, parts = NO_DERIVATIVE[operator]
+    call = {
+        "grad": lambda: grad(f)(X),
+        "jvp": lambda: jvp(f, (X,), (X,)),
+        "jacrev": lambda: jacrev(f)(X),
+        "hessian": lambda: hessian(f)(X),
+        "vjp_fn": lambda: vjp(f, X)[1](torch.tensor(1.0)),
+    }[name]
+    refused(call, (NotImplementedError, RuntimeError), name.removesuffix("_fn"), *parts)
 
 
 @cases(
