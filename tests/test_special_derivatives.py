@@ -48,7 +48,9 @@ def test_to_third_order(name):
     equal(vmap(grad(hessian(f)))(x), differences(second, x))
 
 
-@pytest.mark.parametrize("name", ["bessel_j1", "modified_bessel_i1"])
-def test_at_zero(name):
-    zero = torch.tensor(0.0, dtype=torch.float64)
-    torch.testing.assert_close(grad(FUNCTIONS[name])(zero), torch.tensor(0.5, dtype=torch.float64))
+@pytest.mark.parametrize(("name", "third"), [("bessel_j1", -0.375), ("modified_bessel_i1", 0.375), ("i1", 0.375)])
+def test_at_zero(name, third):
+    f = getattr(special, name)
+    for order, expected in enumerate([0.0, 0.5, 0.0, third, 0.0]):
+        torch.testing.assert_close(f(torch.zeros(3)), torch.full((3,), expected), msg=f"derivative {order}")
+        f = vmap(grad(f))

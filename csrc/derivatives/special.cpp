@@ -1,4 +1,5 @@
-// Derivatives of special functions, which PyTorch takes to be constant. See derivative_rules.h first.
+// Derivatives of special functions, which PyTorch takes to be constant, or has wrong at 0. See derivative_rules.h
+// first.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/special_bessel_j0.h>
 #include <ATen/ops/special_bessel_j1.h>
@@ -6,6 +7,8 @@
 #include <ATen/ops/special_bessel_y1.h>
 #include <ATen/ops/special_hermite_polynomial_h.h>
 #include <ATen/ops/special_hermite_polynomial_he.h>
+#include <ATen/ops/special_i0.h>
+#include <ATen/ops/special_i1.h>
 #include <ATen/ops/special_modified_bessel_i0.h>
 #include <ATen/ops/special_modified_bessel_i1.h>
 #include <ATen/ops/special_modified_bessel_k0.h>
@@ -68,16 +71,19 @@ void differentiate(AutodiffLevel& level, const Operator& op, Stack& stack) {
 
 Tensor first(const std::vector<c10::IValue>& arguments) { return arguments[0].toTensor(); }
 
-// a(x) - b(x) / x, and `limit` at 0.
-Tensor minus_over(const Tensor& a, const Tensor& b, const Tensor& x, double limit) {
+// f0(x) - f1(x) / x, the derivative of f1, which is J1 for a negative sign and I1 for a positive one. At 0 it is a
+// power series, for derivatives to come.
+Tensor slope_of_order_one(const Tensor& f0, const Tensor& f1, const Tensor& x, double sign) {
   const auto at_zero = x == 0;
-  return at::where(at_zero, at::where(at_zero, limit, a), a - b / at::where(at_zero, 1, x));
+  const auto z = sign * x * x;
+  const auto series = 0.5 + z * (3. / 16 + z * (5. / 384 + z * (7. / 18432)));
+  return at::where(at_zero, series, f0 - f1 / at::where(at_zero, 1, x));
 }
 
 Tensor j0_slope(const std::vector<c10::IValue>& a) { return -at::special_bessel_j1(first(a)); }
 Tensor j1_slope(const std::vector<c10::IValue>& a) {
   const auto x = first(a);
-  return minus_over(at::special_bessel_j0(x), at::special_bessel_j1(x), x, 0.5);
+  return slope_of_order_one(at::special_bessel_j0(x), at::special_bessel_j1(x), x, -1);
 }
 Tensor y0_slope(const std::vector<c10::IValue>& a) { return -at::special_bessel_y1(first(a)); }
 Tensor y1_slope(const std::vector<c10::IValue>& a) {
@@ -87,7 +93,11 @@ Tensor y1_slope(const std::vector<c10::IValue>& a) {
 Tensor i0_slope(const std::vector<c10::IValue>& a) { return at::special_modified_bessel_i1(first(a)); }
 Tensor i1_slope(const std::vector<c10::IValue>& a) {
   const auto x = first(a);
-  return minus_over(at::special_modified_bessel_i0(x), at::special_modified_bessel_i1(x), x, 0.5);
+  return slope_of_order_one(at::special_modified_bessel_i0(x), at::special_modified_bessel_i1(x), x, 1);
+}
+Tensor another_i1_slope(const std::vector<c10::IValue>& a) {
+  const auto x = first(a);
+  return slope_of_order_one(at::special_i0(x), at::special_i1(x), x, 1);
 }
 Tensor k0_slope(const std::vector<c10::IValue>& a) { return -at::special_modified_bessel_k1(first(a)); }
 Tensor k1_slope(const std::vector<c10::IValue>& a) {
@@ -142,6 +152,7 @@ const std::vector<DerivativeRow>& special_derivatives() {
         always("special_bessel_y1", differentiate<y1_slope>),
         always("special_modified_bessel_i0", differentiate<i0_slope>),
         always("special_modified_bessel_i1", differentiate<i1_slope>),
+        always("special_i1", differentiate<another_i1_slope>),
         always("special_modified_bessel_k0", differentiate<k0_slope>),
         always("special_modified_bessel_k1", differentiate<k1_slope>),
         always("special_scaled_modified_bessel_k0", differentiate<scaled_k0_slope>),
