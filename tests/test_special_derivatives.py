@@ -52,5 +52,5 @@ def test_to_third_order(name):
 def test_at_zero(name, third):
     f = getattr(special, name)
     for order, expected in enumerate([0.0, 0.5, 0.0, third, 0.0]):
-        torch.testing.assert_close(f(torch.zeros(3)), torch.full((3,), expected), msg=f"derivative {order}")
-        f = vmap(grad(f))
+        torch.testing.assert_close(f(torch.tensor(0.0)), torch.tensor(expected), msg=f"derivative {order}")
+        f = grad(f)
