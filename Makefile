@@ -10,7 +10,7 @@ SHELL := bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/rules/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/rules/* csrc/derivatives/*)
 VENV_READY := .venv/.torch-installed
 
 # Prints the version of torch if it is one that pyproject.toml allows.
