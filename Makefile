@@ -50,10 +50,13 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure what an operator costs under each transform, and the batching rules, and linearize
+bench: build/ready  ## Measure overhead, batching rules, linearize, memory, modules and attention
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/rules.py
 	@$(PY) benchmarks/linearize.py
+	@$(PY) benchmarks/memory.py
+	@$(PY) benchmarks/modules.py
+	@$(PY) benchmarks/attention.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py

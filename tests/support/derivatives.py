@@ -11,21 +11,19 @@ Run as a program it prints what happened, as a table by form:
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.testing._internal.opinfo.core import OpInfo
 
 import functorch_lite as fl
-from tests.support import exceptions, ops
+from tests.support import command_line, exceptions, ops
 from tests.support.forms import Differentiable, differentiable
 
 Tensors = Sequence[Tensor]
@@ -456,43 +454,21 @@ def _print_table(reports: Sequence[Report]) -> None:
     print(f"passes of torch.func that are none of ours: {len(behind)}")
 
 
-def _read(line: str) -> Report:
-    data = json.loads(line)
+def _read(data: dict[str, Any]) -> Report:
     tallies = {form: {side: Tally(**x) for side, x in sides.items()} for form, sides in data["tallies"].items()}
     return Report(data["name"], tallies, data["behind"])
 
 
-def main() -> None:
-    """Print what happened to the operators whose names contain one of the parts."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.derivatives", description=main.__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--peer", action="store_true", help="also run torch.func")
-    parser.add_argument("--full", action="store_true", help="every sample")
-    parser.add_argument("--samples", type=int, default=ops.SHORT.samples, help="at most so many of each dtype")
-    parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every Nth operator, beginning with the Ith")
-    parser.add_argument("--json", type=Path, help="append the results to this file, a line for each operator")
-    parser.add_argument("--join", type=Path, nargs="+", help="print the table of such files, and run nothing")
-    options = parser.parse_args()
-    if options.join:
-        _print_table([_read(line) for path in options.join for line in path.read_text().splitlines()])
-        return
-    sides: dict[str, ModuleType] = {OURS: fl}
-    if options.peer:
-        sides["torch.func"] = torch.func
-    extent = ops.FULL if options.full else ops.Extent(options.samples, None, None)
-    first, step = map(int, options.shard.split("/"))
-    names = [name for name in ops.OPS if not options.parts or any(part in name for part in options.parts)]
-    reports = []
-    for name in names[first - 1 :: step]:
-        reports.append(sweep(ops.OPS[name], sides, options.forms.split(","), extent))
-        _print_report(reports[-1])
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(asdict(reports[-1])) + "\n")
-    _print_table(reports)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    command_line.run(
+        "tests.support.derivatives",
+        FORMS,
+        ops.Extent(ops.SHORT.samples, None, None),
+        lambda op, peer, names, extent: sweep(
+            op, {OURS: fl, "torch.func": torch.func} if peer else {OURS: fl}, names, extent
+        ),
+        _read,
+        _print_report,
+        _print_table,
+    )

@@ -6,22 +6,20 @@ Run as a program it prints what happened, as a table by form:
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.testing._internal.opinfo.core import OpInfo
 
 import functorch_lite as fl
-from tests.support import exceptions, forms, ops
+from tests.support import command_line, exceptions, forms, ops
 from tests.support.cases import Case, cases_of
 from tests.support.forms import Function, Side
 from tests.support.oracles import ShapesDiffer
@@ -277,45 +275,19 @@ def _print_report(report: Report) -> None:
             print(f"{report.name}: {kind}: ... {len(texts)} in all", flush=True)
 
 
-def _read(line: str) -> Report:
-    data = json.loads(line)
+def _read(data: dict[str, Any]) -> Report:
     tallies = {form: {side: Tally(**x) for side, x in sides.items()} for form, sides in data["tallies"].items()}
     return Report(data["name"], tallies, data["behind"])
 
 
-def main() -> None:
-    """Print what happened to the operators whose names contain one of the parts."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.sweep", description=main.__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--peer", action="store_true", help="also run torch.func")
-    parser.add_argument("--full", action="store_true", help="every sample, dtype and place of the batch")
-    for extent_field in fields(ops.Extent):
-        parser.add_argument(f"--{extent_field.name}", type=int, help="at most so many; see --full for all")
-    parser.add_argument("--forms", default=",".join(forms.FORMS), help=f"of {', '.join(forms.FORMS)}")
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every Nth operator, beginning with the Ith")
-    parser.add_argument("--json", type=Path, help="append the results to this file, a line for each operator")
-    parser.add_argument("--join", type=Path, nargs="+", help="print the table of such files, and run nothing")
-    options = parser.parse_args()
-    if options.join:
-        _print_table([_read(line) for path in options.join for line in path.read_text().splitlines()])
-        return
-
-    sides = [OURS, peer()] if options.peer else [OURS]
-    default = ops.FULL if options.full else ops.SHORT
-    given = {x.name: getattr(options, x.name) for x in fields(ops.Extent)}
-    extent = ops.Extent(**{name: asdict(default)[name] if x is None else x for name, x in given.items()})
-    first, step = map(int, options.shard.split("/"))
-    names = [name for name in ops.OPS if not options.parts or any(part in name for part in options.parts)]
-    reports = []
-    for name in names[first - 1 :: step]:
-        reports.append(sweep(ops.OPS[name], sides, options.forms.split(","), extent))
-        _print_report(reports[-1])
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(asdict(reports[-1])) + "\n")
-    _print_table(reports)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    command_line.run(
+        "tests.support.sweep",
+        forms.FORMS,
+        ops.SHORT,
+        lambda op, with_peer, names, extent: sweep(op, [OURS, peer()] if with_peer else [OURS], names, extent),
+        _read,
+        _print_report,
+        _print_table,
+    )
