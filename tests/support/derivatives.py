@@ -11,6 +11,7 @@ Run as a program it prints what happened, as a table by form:
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -254,9 +255,10 @@ class Plain:
 
     @staticmethod
     def _central(value: Callable[[float], float], h: float) -> float:
-        if abs(value(h) + value(-h) - 2 * value(0.0)) > math.sqrt(h) * (1 + abs(value(0.0))):
+        left2, left, here, right, right2 = (value(k * h) for k in (-2, -1, 0, 1, 2))
+        if abs(right + left - 2 * here) > math.sqrt(h) * (1 + abs(here)):
             return math.nan  # a jump
-        return (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+        return (8 * (right - left) - (right2 - left2)) / (12 * h)
 
 
 @dataclass
@@ -282,34 +284,37 @@ class Judge:
 
     def __init__(self, plain: Plain) -> None:
         self.plain = plain
-        self.known: dict[str, tuple[float | None, tuple[float, float]]] = {}
+        self.exact = functools.cache(plain.exact)
+        self.differences = functools.cache(plain.differences)
+        if plain.has_differences:
+            first, fine = self.exact(""), self.differences("", STEPS[1])
+            wrong = first is not None and not _is_close(first, fine, 1.0, self._rough)
+            plain.backward_is_right = not (wrong and self._is_smooth("", 1.0))
 
-    def reference(self, moving: str) -> tuple[float, float]:
-        """Plain autograd's number, as if it were to be judged; not a number if there is none."""
-        exact = self.plain.exact(moving)
-        return math.nan if exact is None else exact, 1.0
+    @property
+    def _rough(self) -> float:
+        return max(self.plain.tolerance, TOLERANCE_OF_DIFFERENCES)
+
+    def _is_smooth(self, moving: str, size: float) -> bool:
+        if not self.plain.has_differences:
+            return False
+        coarse, fine = (self.differences(moving, step) for step in STEPS)
+        return not math.isnan(fine) and _is_close(coarse, fine, size, self._rough)
 
     def verdict(self, moving: str, value: float, size: float) -> str:
         """Empty if right, "unjudged", or what is expected."""
-        if moving and "" not in self.known:
-            self.verdict("", 0.0, 0.0)
-        if moving not in self.known:
-            differences = tuple(self.plain.differences(moving, step) for step in STEPS)
-            self.known[moving] = self.plain.exact(moving), differences
-        exact, (coarse, fine) = self.known[moving]
-        if "x" in moving and self.verdict("td", *self.reference("td")):
-            return "unjudged"  # plain double backward, whose differences are taken, is wrong itself
-        rough = max(self.plain.tolerance, TOLERANCE_OF_DIFFERENCES)
-        is_smooth = self.plain.has_differences and not math.isnan(fine) and _is_close(coarse, fine, size, rough)
-        if not moving and is_smooth and exact is not None:
-            self.plain.backward_is_right = _is_close(exact, fine, 1.0, rough)
-        if not self.plain.backward_is_right:
-            exact = None
-        if exact is not None and (not is_smooth or _is_close(exact, fine, size, rough)):
+        # Third derivatives are differences of plain double backward.
+        if "x" in moving and self.verdict("td", self.exact("td") or math.nan, 1.0):
+            return "unjudged"
+        exact = self.exact(moving) if self.plain.backward_is_right else None
+        fine = self.differences(moving, STEPS[1]) if self.plain.has_differences else math.nan
+        agree = exact is not None and _is_close(exact, fine, size, self._rough)
+        is_smooth = agree or self._is_smooth(moving, size)
+        if agree or (exact is not None and not is_smooth):
             if _is_close(value, exact, size, self.plain.tolerance):
                 return ""
             expected = f"{exact:.9g}"
-        elif is_smooth and _is_close(value, fine, size, rough):
+        elif is_smooth and _is_close(value, fine, size, self._rough):
             return ""
         else:
             expected = f"{fine:.9g} (finite differences; plain autograd gives {exact})"
