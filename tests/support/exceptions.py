@@ -14,6 +14,9 @@ SIZE_FROM_DATA = {"argwhere", "bincount", "masked_select", "nonzero", "tensor_sp
 #: PyTorch's own `out=` form gives other numbers than the function: for one dimension it is not conjugated.
 WRONG_OUT = {"fft.ihfftn"}
 
+#: Plain autograd's derivative, the loop's, is wrong. tests/support/derivatives.py judges ours.
+WRONG_VJP = {"as_strided_scatter"}
+
 #: Meaning depends on the strides of the argument: compared only where examples are contiguous.
 CONTIGUOUS_ONLY = {
     "view",
