@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from measuring import peak_bytes
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 import functorch_lite as fl
 from functorch_lite import _C
@@ -56,13 +56,7 @@ def arguments(length: int) -> list[Tensor]:
 
 def measure(run: Callable[[], object]) -> tuple[float, float]:
     """Peak megabytes, and seconds in the better of two runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    peak = peak_bytes(run)
     times = []
     for _ in range(2):
         start = time.perf_counter()

@@ -11,26 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import peak_bytes
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import functorch_lite as fl
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that are live at a time while ``run`` runs."""
-    run()  # what is made once for all calls
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def _loss_of(model: nn.Module, x: Tensor) -> tuple[Loss, Params]:
