@@ -53,9 +53,9 @@ _EXPLAINED = {
         "torch.stack, as in torch.stack([x[0], x[1]])."
     ),
     "called inside torch.vmap": (
-        "vmap: backward() and torch.autograd.grad cannot run inside, for the examples share one graph. Differentiate "
-        "with functorch_lite.grad or functorch_lite.vjp inside, as in vmap(grad(f)), or call backward() on what vmap "
-        "returns."
+        "vmap: backward() and torch.autograd.grad cannot run inside vmap, where the examples share one graph, nor "
+        "inside several transforms. Differentiate with functorch_lite.grad or functorch_lite.vjp inside, as in "
+        "vmap(grad(f)), or call backward() on what the outermost transform returns."
     ),
     "Attempted to call `variable.set_data(tensor)`": (
         "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same "
@@ -85,7 +85,9 @@ def _explain(transform: str, error: BaseException) -> None:
             error.args = (message,)
     if transform == "vmap":  # the derivative is taken by another transform
         return
-    if found := _NO_DERIVATIVE.search(said):
+    if "Trying to backward through the graph a second time" in said:
+        error.args = (_checks.freed_graph(transform),)
+    elif found := _NO_DERIVATIVE.search(said):
         error.args = (_checks.no_derivative(transform, found["op"], found["argument"]),)
     elif found := _NO_OUT.search(said):
         error.args = (_checks.no_derivative_of_out(transform, found["op"] or found["forward"].removesuffix("_out")),)

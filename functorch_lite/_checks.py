@@ -229,6 +229,15 @@ def no_derivative(transform: str, operator: str, argument: str | None) -> str:
     )
 
 
+def freed_graph(transform: str) -> str:
+    """What to say if a backward pass inside the function has freed what that of the transform needs."""
+    return (
+        f"{transform}: backward() or torch.autograd.grad has run inside the function and freed the part of the graph "
+        f"that {transform} needs. Pass it retain_graph=True, or create_graph=True if its result is differentiated, or "
+        f"use functorch_lite.grad inside."
+    )
+
+
 def no_derivative_of_out(transform: str, operator: str) -> str:
     """What to say of an operator that writes a differentiated result into its ``out`` argument."""
     return (

@@ -223,9 +223,7 @@ def test_derivatives_inside():
 
     x, y = torch.rand(3, 2), torch.rand(3, 2)
     torch.testing.assert_close(vmap(grad(func))(x, y), y.sin())
-    with pytest.raises(
-        RuntimeError, match=r"grad: sin\(\.\.\., out=tensor\) cannot .*copy_\(result\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"grad: sin\(\.\.\., out=tensor\) cannot .*copy_\(result\)"):
         vmap(grad(func, argnums=1))(x, y)
     with pytest.raises(RuntimeError, match=r"jvp: sin\(\.\.\., out=tensor\) cannot be differentiated"):
         vmap(lambda x, y: jvp(lambda y: func(x, y), (y,), (y,)))(x, y)

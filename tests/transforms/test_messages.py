@@ -465,6 +465,25 @@ def test_writes_into_captured_tensors(name):
     )
 
 
+@pytest.mark.parametrize("name", ["grad", "jacrev", "vjp", "linearize"])
+def test_graph_that_is_freed_inside(name):
+    def f(x, **options):
+        y = x.exp()
+        (slope,) = torch.autograd.grad(y.sum(), x, **options)
+        return (slope.detach() + y).sum()
+
+    call = {
+        "grad": lambda f: grad(f)(X),
+        "jacrev": lambda f: jacrev(f)(X),
+        "vjp": lambda f: vjp(f, X)[1](torch.tensor(1.0))[0],
+        "linearize": lambda f: fl.linearize(f, X)[1](torch.ones(3)),
+    }[name]
+    refused(
+        lambda: call(f), RuntimeError, name, "freed the part of the graph", "retain_graph=True", "functorch_lite.grad"
+    )
+    call(lambda x: f(x, retain_graph=True))
+
+
 NO_DERIVATIVE = {
     "igamma": (lambda x: torch.igamma(x, x).sum(), ("operator igamma", "by its argument 'input'", "custom_vjp")),
     "heaviside": (lambda x: torch.heaviside(x, x).sum(), ("operator heaviside", "has no derivative", "detach")),
