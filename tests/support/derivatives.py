@@ -464,8 +464,8 @@ def _read(data: dict[str, Any]) -> Report:
     return Report(data["name"], tallies, data["behind"])
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main() -> None:
+    """Print what happened to the operators whose names contain one of the parts."""
     command_line.run(
         "tests.support.derivatives",
         FORMS,
@@ -477,3 +477,8 @@ if __name__ == "__main__":
         _print_report,
         _print_table,
     )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -282,8 +282,8 @@ def _read(data: dict[str, Any]) -> Report:
     return Report(data["name"], tallies, data["behind"])
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main() -> None:
+    """Print what happened to the operators whose names contain one of the parts."""
     command_line.run(
         "tests.support.sweep",
         forms.FORMS,
@@ -293,3 +293,8 @@ if __name__ == "__main__":
         _print_report,
         _print_table,
     )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
