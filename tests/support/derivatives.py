@@ -304,7 +304,8 @@ class Judge:
     def verdict(self, moving: str, value: float, size: float) -> str:
         """Empty if right, "unjudged", or what is expected."""
         # Third derivatives are differences of plain double backward.
-        if "x" in moving and self.verdict("td", self.exact("td") or math.nan, 1.0):
+        second = self.exact("td") if "x" in moving else 0.0
+        if second is None or (second and self.verdict("td", second, 1.0)):
             return "unjudged"
         exact = self.exact(moving) if self.plain.backward_is_right else None
         fine = self.differences(moving, STEPS[1]) if self.plain.has_differences else math.nan
