@@ -252,10 +252,7 @@ void AutodiffLevel::take_derivative(const at::Tensor& target, const at::Tensor& 
   }
 }
 
-at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) {
-  auto* wrapper = wrapper_at(tensor, this);
-  return wrapper != nullptr ? wrapper->value() : tensor;
-}
+at::Tensor AutodiffLevel::value_of(const at::Tensor& tensor) { return value_at(tensor, this); }
 
 namespace {
 

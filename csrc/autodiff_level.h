@@ -16,8 +16,9 @@ inline void bring_graph_up_to_date(const at::Tensor& target) {
 // Whether the tensor has a forward-mode derivative, of whatever level.
 bool has_tangent(const at::Tensor& tensor);
 
-// Whether a level that the tensor is wrapped for, or plain PyTorch, could differentiate through it.
-bool may_be_differentiated(const at::Tensor& tensor, const AutogradModes& modes);
+// Whether a level that the tensor is wrapped for, or plain PyTorch, could differentiate through it in these modes.
+bool may_be_differentiated(const at::Tensor& tensor,
+                           const AutogradModes& modes = {.grad = true, .forward_grad = true, .inference = false});
 
 class AutodiffLevel final : public Level {
  public:

@@ -153,16 +153,7 @@ py::object innermost_level() {
 
 // Whether a level below the innermost, or plain PyTorch, differentiates with respect to this tensor.
 bool is_differentiated_below(const at::Tensor& tensor) {
-  const auto* level = current_level();
-  const auto* wrapper = as_wrapper(tensor);
-  const bool wrapped_here = wrapper != nullptr && wrapper->level() == level;
-  const auto carries = [](const at::Tensor& x) { return x.requires_grad() || has_tangent(x); };
-  for (const auto* x = wrapped_here ? &wrapper->value() : &tensor;;) {
-    if (carries(*x)) return true;
-    const auto* inner = as_wrapper(*x);
-    if (inner == nullptr) return false;
-    x = &inner->value();
-  }
+  return may_be_differentiated(value_at(tensor, current_level()));
 }
 
 py::object describe(const at::Tensor& tensor) {

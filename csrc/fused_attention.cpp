@@ -43,7 +43,7 @@ bool fused_attention_serves(const NamedArguments& args) {
     if ((plain_autograd_records && value.requires_grad()) || has_tangent(value)) return false;
   }
   const auto mask = args.optional_tensor("attn_mask");
-  return !mask.has_value() || !may_be_differentiated(*mask, {.grad = true, .forward_grad = true, .inference = false});
+  return !mask.has_value() || !may_be_differentiated(*mask);
 }
 
 std::optional<int64_t> attention_chunk(const at::Tensor& query, const at::Tensor& key) {

@@ -128,12 +128,6 @@ bool writes_into(const c10::Argument& argument) {
   return alias != nullptr ? alias->isWrite() : argument.name() == "running_mean" || argument.name() == "running_var";
 }
 
-bool is_differentiated(const at::Tensor& tensor) {
-  if (tensor.requires_grad() || has_tangent(tensor)) return true;
-  const auto* wrapper = as_wrapper(tensor);
-  return wrapper != nullptr && is_differentiated(wrapper->value());
-}
-
 bool can_be_differentiated(const at::Tensor& tensor) {
   return at::isFloatingType(tensor.scalar_type()) || at::isComplexType(tensor.scalar_type());
 }
@@ -236,10 +230,7 @@ void TapeLevel::remember_generators(c10::ArrayRef<c10::IValue> arguments) {
   if (std::none_of(known.begin(), known.end(), is_this)) known.emplace_back(*generator, generator_state(*generator));
 }
 
-at::Tensor TapeLevel::value_of(const at::Tensor& tensor) const {
-  auto* wrapper = wrapper_at(tensor, this);
-  return wrapper != nullptr ? wrapper->value() : tensor;
-}
+at::Tensor TapeLevel::value_of(const at::Tensor& tensor) const { return value_at(tensor, this); }
 
 bool TapeLevel::is_from_outside(const at::Tensor& tensor) const {
   auto* wrapper = wrapper_at(tensor, this);
@@ -254,7 +245,7 @@ at::Tensor TapeLevel::wrap_result(const at::Tensor& value, bool differentiated) 
 
 at::Tensor TapeLevel::lift(const at::Tensor& argument) {
   const auto slot = slot_of(argument);
-  auto result = wrap_result(argument, is_differentiated(argument));
+  auto result = wrap_result(argument, may_be_differentiated(argument));
   as_wrapper(result)->slot = slot;
   as_wrapper(result)->is_captured = true;
   return result;
@@ -270,7 +261,7 @@ Tape::Slot TapeLevel::slot_of(const at::Tensor& tensor) {
   if (!is_new) return known->second;
   from_outside_.push_back(tensor);
   const auto slot = tape_->new_slot();
-  if (as_wrapper(tensor) != nullptr || is_differentiated(tensor)) {
+  if (as_wrapper(tensor) != nullptr || may_be_differentiated(tensor)) {
     tape_->inputs_.push_back(tensor);
     tape_->input_slots_.push_back(slot);
   } else {
@@ -358,7 +349,7 @@ void TapeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   bool differentiated = false;
   Tensors from_outside;
   for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
-    differentiated |= wrapper_at(tensor, this) != nullptr ? tensor.requires_grad() : is_differentiated(tensor);
+    differentiated |= wrapper_at(tensor, this) != nullptr ? tensor.requires_grad() : may_be_differentiated(tensor);
     if (is_from_outside(tensor)) from_outside.push_back(tensor);
   });
   differentiated = differentiated && AutogradModes::current().grad && op.operator_name().name != "aten::detach";
@@ -412,7 +403,7 @@ Tensors TapeLevel::record(Call call, const Tensors& arguments, const Tensors& re
   bool differentiated = false;
   for (const auto& argument : arguments) {
     if (records) step.operands.push_back({0, -1, slot_of(argument)});
-    differentiated |= argument.requires_grad() || is_differentiated(value_of(argument));
+    differentiated |= argument.requires_grad() || may_be_differentiated(value_of(argument));
   }
   Tensors lifted;
   for (const auto& result : results) {

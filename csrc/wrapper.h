@@ -76,6 +76,12 @@ inline Wrapper* wrapper_at(const at::TensorBase& tensor, const Level* level) {
   return wrapper != nullptr && wrapper->level() == level ? wrapper : nullptr;
 }
 
+// The tensor one level below `level`; what belongs to another level, or to none, is its own value.
+inline at::Tensor value_at(const at::Tensor& tensor, const Level* level) {
+  const auto* wrapper = wrapper_at(tensor, level);
+  return wrapper != nullptr ? wrapper->value() : tensor;
+}
+
 at::Tensor wrap(at::Tensor value, Level& level, int64_t bdim = kNoBatchDim);
 at::Tensor make_symbolic_zero(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, Level& level);
 

@@ -53,10 +53,7 @@ inline void call_on_values(const c10::OperatorHandle& op, Stack& stack, const Le
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
   auto* target = n > 0 && arguments[0].isTensor() ? wrapper_at(arguments[0].toTensor(), &level) : nullptr;
-  replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
-    const auto* wrapper = wrapper_at(tensor, &level);
-    return wrapper != nullptr ? wrapper->value() : tensor;
-  });
+  replace_tensors(arguments, n, [&](const at::Tensor& tensor) { return value_at(tensor, &level); });
   // A change of the value's own shape would be seen by those who saved it, and by tensors of outer levels.
   const auto view = target != nullptr ? view_form(op) : std::nullopt;
   if (!view.has_value()) {

@@ -31,9 +31,8 @@ def with_gradients(
     acc_dtype, wanted = options[3], options[-3:]
     logits, class_weight = _wide(acc_dtype, x, linear_weight, linear_bias, class_weight)
     loss = F.cross_entropy(logits, target, class_weight, ignore_index=ignore_index, reduction=reduction)
-    kept = target != ignore_index
-    classes = torch.where(kept, target, 0)
-    scale = kept.to(logits.dtype) if class_weight is None else torch.where(kept, class_weight[classes], 0)
+    classes, scale = _weights_of_rows(target, class_weight, ignore_index)
+    scale = scale.to(logits.dtype)
     if reduction == "mean":
         scale = scale / scale.sum()
     by_logits = (logits.softmax(-1) - F.one_hot(classes, logits.shape[-1])) * scale.unsqueeze(-1)
@@ -115,9 +114,7 @@ def differentiable(
         _each_piece(x, *parameters, label_smoothing, rows, acc_dtype, ignore_index, reduction="sum")
     ).sum()
     if reduction == "mean":
-        kept = target != ignore_index
-        weights = kept if class_weight is None else torch.where(kept, class_weight[torch.where(kept, target, 0)], 0)
-        loss = loss / weights.sum()
+        loss = loss / _weights_of_rows(target, class_weight, ignore_index)[1].sum()
     return loss.to(x.dtype), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0)
 
 
@@ -136,6 +133,13 @@ def differentiable_without_reduction(
     parameters = (linear_weight, target, linear_bias, class_weight)
     losses = _each_piece(x, *parameters, 0.0, rows, acc_dtype, ignore_index, reduction="none")
     return torch.cat(losses).to(x.dtype)
+
+
+def _weights_of_rows(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The class of each row, 0 where it is ignored, and the row's weight in a mean."""
+    kept = target != ignore_index
+    classes = torch.where(kept, target, 0)
+    return classes, kept if class_weight is None else torch.where(kept, class_weight[classes], 0)
 
 
 def _wide(

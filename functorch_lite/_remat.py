@@ -104,7 +104,7 @@ def _run_mapped(
 
 def _unwrap(level: _C.VmapLevel, leaves: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
     """Values and batch dimensions."""
-    pairs = [level.unwrap(leaf) if isinstance(leaf, Tensor) else (None, None) for leaf in leaves]
+    pairs = _tree.unwrap(level, leaves)
     return [value for value, _ in pairs], [dim for _, dim in pairs]
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.measuring import peak_bytes
 from functorch_lite import _C, grad, hessian, jacfwd, jacrev, jvp, make_fx, vjp, vmap
 
-from .support.memory import peak_bytes
 from .support.oracles import finite_difference_jvp
 
 aten = torch.ops.aten

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measuring import peak_bytes
 from benchmarks.memory import WORKLOADS, jacobians, plain_gradient
 from functorch_lite import grad, value_and_grad, vjp, vmap
 from functorch_lite._remat import remat
-from tests.support.memory import peak_bytes
 
 SIZE = 10_000
 BYTES = 4 * SIZE  # of one tensor
