@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from functorch_lite.compile import _checks
+from functorch_lite.compile._decompositions import default_decompositions
+from functorch_lite.compile._inductor import inductor
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -200,3 +202,78 @@ def ts_compile(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..
             return torch.jit.script(module)
         except RuntimeError as error:
             _checks.refuse_torchscript(error)
+
+
+def memory_efficient_fusion(
+    fn: Callable[..., Any] | nn.Module, static_argnums: int | Sequence[int] | None = None, **kwargs: Any
+) -> Callable[..., Any] | nn.Module:
+    """Compile a function or module with Inductor, saving as little as possible for the backward pass.
+
+    What is cheap to compute again is computed again in the backward pass instead of being saved: the graph is
+    partitioned by `min_cut_rematerialization_partition`, after `default_decompositions`.
+
+    Args:
+        fn: What to compile.
+        static_argnums: Positions of arguments of a function that are constants of the graph, such as flags. There is a
+            graph for each combination of their values, which have to be hashable. Default None: there are none.
+        kwargs: Passed on to `aot_function` or `aot_module`, instead of what is chosen here: ``fw_compiler``,
+            ``bw_compiler``, ``partition_fn``, ``decompositions``, ``dynamic`` and so on.
+
+    Returns:
+        A function, or a module with the same parameters.
+
+    Raises:
+        TypeError: ``static_argnums`` are not positions, or were given for a module, or a static value is not hashable.
+        ValueError: A call has too few positional arguments.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite.compile import memory_efficient_fusion, nop
+        >>> def f(x, how):
+        ...     return x.sin() if how == "sin" else x.cos()
+        >>> compiled = memory_efficient_fusion(f, static_argnums=1, fw_compiler=nop, bw_compiler=nop)
+        >>> compiled(torch.zeros(2), "cos")
+        tensor([1., 1.])
+    """
+    from functorch_lite.compile import aot_function, aot_module, min_cut_rematerialization_partition
+
+    options = {
+        "fw_compiler": inductor,
+        "bw_compiler": inductor,
+        "partition_fn": min_cut_rematerialization_partition,
+        "decompositions": default_decompositions,
+        **kwargs,
+    }
+    positions = _checks.static_positions("memory_efficient_fusion", fn, static_argnums)
+    if isinstance(fn, nn.Module):
+        compiled_module: nn.Module = aot_module(fn, **options)
+        return compiled_module
+    if positions:
+        return _for_each_static_value(fn, positions, lambda function: aot_function(function, **options))
+    compiled: Callable[..., Any] = aot_function(fn, **options)
+    return compiled
+
+
+def _for_each_static_value(
+    fn: Callable[..., Any], positions: Sequence[int], compiler: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function that compiles ``fn`` once for each combination of values at some positions."""
+
+    @functools.cache
+    def compiled(types: tuple[type, ...], values: tuple[Any, ...]) -> Callable[..., Any]:
+        # 1, 1.0 and True are equal, and mean different things.
+        def with_static_values(*rest: Any, **kwargs: Any) -> Any:
+            args = list(rest)
+            for position, value in zip(positions, values, strict=True):
+                args.insert(position, value)
+            return fn(*args, **kwargs)
+
+        return compiler(with_static_values)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        values = _checks.static_values("memory_efficient_fusion", positions, args)
+        rest = [arg for position, arg in enumerate(args) if position not in positions]
+        return compiled(tuple(map(type, values)), values)(*rest, **kwargs)
+
+    return run
