@@ -145,7 +145,7 @@ class _Rematerialization:
             return False
         if _costs.is_among(node, config.never_recompute):
             return False
-        return not any(_nodes.base_of(one) in self._written for one in (node, *node.all_input_nodes))
+        return not _nodes.touches(node, self._written)
 
     def _is_cheap(self, node: fx.Node) -> bool:
         if _nodes.is_view(node) or _nodes.is_getitem(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,3 +158,11 @@ FUNCTIONS = {
     "recurrent": recurrent,
     "pointwise chain": pointwise_chain,
 }
+
+
+@cache
+def joint_graph_of(name: str, tracing_mode: str, tagged: bool = False) -> JointGraph:
+    """One of them, made once."""
+    torch.manual_seed(0)
+    joint = FUNCTIONS[name](tracing_mode)
+    return tag(joint) if tagged else joint
