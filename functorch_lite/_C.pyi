@@ -67,6 +67,16 @@ class FunctionalizeLevel(Level):
     def replay_views(self, tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor: ...
     def is_view(self, tensor: torch.Tensor) -> bool: ...
 
+    @staticmethod
+    def gradients(
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        keep_graph: bool,
+        create_graph: bool,
+        allow_unused: bool,
+    ) -> list[torch.Tensor | None]: ...
+
 class Tape:
     @property
     def inputs(self) -> list[torch.Tensor]: ...

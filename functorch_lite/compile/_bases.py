@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from functorch_lite.compile import _checks
-from functorch_lite.compile._trace import Input, Write
+from functorch_lite.compile._effects import Write
+from functorch_lite.compile._run import Input
 
 
 @dataclass
@@ -51,8 +52,7 @@ class Bases:
         result = []
         for group, base in zip(self._groups, self.tensors(tensors), strict=False):
             name = "_".join(["base_of", *(inputs[i].name for i in group)])
-            differentiated = base.requires_grad and torch.is_grad_enabled()
-            result.append(Input(name, base, differentiated, base.is_leaf))
+            result.append(Input(name, base, base.requires_grad, base.is_leaf))
         return result + [inputs[i] for i in self._others]
 
     def function(self, function: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:

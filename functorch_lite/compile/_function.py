@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from functorch_lite import _C
 from functorch_lite.compile import _arguments, _bases, _levels, _trace
 from functorch_lite.compile._arguments import Arguments
+from functorch_lite.compile._run import Input
 from functorch_lite.compile._specialization import Options, Specialization
 
 #: From leaves and their structure to leaves and the structure of the output.
@@ -126,10 +127,10 @@ class _Entry:
         sharing = {i for group in shared for i in group}
         by_tensor = dict(zip(arguments.places, names, strict=True))
         inputs = [
-            _trace.Input(
+            Input(
                 by_tensor[i],
                 tensor,
-                tensor.requires_grad and torch.is_grad_enabled(),
+                tensor.requires_grad,
                 tensor.is_leaf,
                 compiled.is_dynamic(i) and i not in sharing,
                 i in sharing,
@@ -155,7 +156,7 @@ class _Entry:
         ]
         self.specialization = Specialization(trace, compiled.options)
 
-    def _traced(self, function: Callable[..., Any], inputs: list[_trace.Input], options: Options) -> _trace.Trace:
+    def _traced(self, function: Callable[..., Any], inputs: list[Input], options: Options) -> _trace.Trace:
         return _trace.trace(function, inputs, options.decompositions, self._shape_env, options.dynamic)
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
