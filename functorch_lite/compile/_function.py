@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ LeavesFunction = Callable[[list[Any], Any], tuple[list[Any], Any]]
 
 _all: weakref.WeakSet[CompiledLeaves] = weakref.WeakSet()
 _compilations = 0
+#: The tracer replaces functions of PyTorch while it runs.
+_tracing = threading.RLock()
 
 
 def clear_compile_cache() -> None:
@@ -90,9 +94,10 @@ class CompiledLeaves:
             if entry.is_valid(arguments.tensors):
                 return entry
         global _compilations
-        _compilations += 1
-        entries.append(_Entry(self, arguments, structure, names(), shared))
-        return entries[-1]
+        with _tracing:
+            _compilations += 1
+            entries.append(_Entry(self, arguments, structure, names(), shared))
+            return entries[-1]
 
     def is_dynamic(self, i: int) -> bool:
         """Whether the sizes of tensor i may be symbols."""
@@ -137,12 +142,20 @@ class _Entry:
             )
             for i, tensor in enumerate(arguments.tensors)
         ]
-        trace = self._traced(function, inputs, compiled.options)
-        self._bases = _bases.find(trace.writes, shared, arguments.tensors)
-        if self._bases is not None:
-            inputs = self._bases.inputs(inputs, arguments.tensors)
-            trace = self._traced(self._bases.function(function), inputs, compiled.options)
-        self._count = len(inputs)
+
+        def traced(bases: _bases.Bases | None) -> _trace.Trace:
+            of_bases = function if bases is None else bases.function(function)
+            taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
+            self._count = len(taken)
+            options = compiled.options
+            return _trace.trace(of_bases, taken, options.decompositions, self._shape_env, options.dynamic)
+
+        self._bases = _bases.of_views(arguments.tensors)
+        trace = traced(self._bases)
+        of_written = _bases.of_written(trace.writes, shared, arguments.tensors) if shared else None
+        if of_written is not None:
+            self._bases = of_written
+            trace = traced(self._bases)
         self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
         self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
         self._training = [(module, module.training) for module in trace.modules.seen]
@@ -155,9 +168,6 @@ class _Entry:
             if member is tensor
         ]
         self.specialization = Specialization(trace, compiled.options)
-
-    def _traced(self, function: Callable[..., Any], inputs: list[Input], options: Options) -> _trace.Trace:
-        return _trace.trace(function, inputs, options.decompositions, self._shape_env, options.dynamic)
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
         """Whether the graph is right for these, of which the key is that of the entry."""

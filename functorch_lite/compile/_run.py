@@ -45,11 +45,6 @@ class Source:
     number: int
 
 
-def call_traced(function: TensorsFunction, arguments: list[Any]) -> list[Any]:
-    """Call the user's function. The name of this one tells where the user's frames begin."""
-    return function(arguments)
-
-
 class Run:
     """Calls the function with variables of a level, and pulls gradients back."""
 
@@ -68,7 +63,7 @@ class Run:
             for one, value in zip(list(self.inputs), values, strict=True):
                 self.lift(one, value)
             with self.modules.watching():
-                self.leaves = self.captures.inside(call_traced(self.function, list(self.arguments)))
+                self.leaves = self.captures.inside(self.function(list(self.arguments)))
             self.after_forward()
 
     def after_forward(self) -> None:
