@@ -52,6 +52,16 @@ class AutodiffLevel(Level):
         keep_graph: bool,
     ) -> list[torch.Tensor | None]: ...
 
+    @staticmethod
+    def gradients(
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        keep_graph: bool,
+        create_graph: bool,
+        allow_unused: bool,
+    ) -> list[torch.Tensor | None]: ...
+
 class FunctionalizeLevel(Level):
     def __init__(self, keep_views: bool) -> None: ...
     @property
@@ -66,15 +76,6 @@ class FunctionalizeLevel(Level):
     def memory_value(self, tensor: torch.Tensor) -> torch.Tensor: ...
     def replay_views(self, tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor: ...
     def is_view(self, tensor: torch.Tensor) -> bool: ...
-    @staticmethod
-    def gradients(
-        outputs: Sequence[torch.Tensor],
-        cotangents: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        keep_graph: bool,
-        create_graph: bool,
-        allow_unused: bool,
-    ) -> list[torch.Tensor | None]: ...
 
 class Tape:
     @property
