@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
@@ -119,3 +120,37 @@ def warn_of_flaky_check(caller: str) -> None:
         f"on with the majority of several answers, which takes longer. Set the random seed in module_fails.",
         stacklevel=3,
     )
+
+
+def picture_format(caller: str, path: str, has_matplotlib: bool) -> str:
+    """The suffix of a file name, if pictures can be written in that format."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(
+            f"{caller}: got the file name {path!r}, expected one that ends with .svg, .png or .pdf; .svg is written "
+            f"without any other package."
+        )
+    if suffix != ".svg" and not has_matplotlib:
+        raise ImportError(
+            f"{caller}: got the file name {path!r}, expected matplotlib to be installed for {suffix} files; install it "
+            f"(pip install matplotlib), or choose a name that ends with .svg."
+        )
+    return suffix
+
+
+def corner_radius(caller: str, shape: Any, radii: dict[Any, float]) -> float:
+    """How round boxes of a shape are."""
+    if shape not in radii:
+        raise ValueError(
+            f"{caller}: got dot_graph_shape={shape!r}, expected one of "
+            f"{', '.join(repr(known) for known in radii)}; leave it out for round corners."
+        )
+    return radii[shape]
+
+
+def check_no_graphviz(caller: str, prog: Any) -> None:
+    """Refuse the name of a Graphviz program."""
+    if prog is not None:
+        raise ValueError(
+            f"{caller}: got prog={prog!r}, expected None, for graphs are laid out without Graphviz; leave it out."
+        )
