@@ -22,7 +22,7 @@ _NAME_SIZE, _DETAIL_SIZE = 12.5, 9.5
 _LONGEST = 30
 
 _TEXT, _FAINT, _WHITE = "#0f172a", "#64748b", "#ffffff"
-_SAVED = "#d97706"
+_SAVED, _FRAME = "#d97706", "#d4d4d8"
 
 
 class _Role(NamedTuple):
@@ -151,7 +151,7 @@ class _Drawing:
                 yield user
 
     def _role(self, node: fx.Node) -> _Role:
-        if node in self._tangents:
+        if node.op == "placeholder" and self._is_late(node):
             return _TANGENT
         if node.op == "get_attr" or isinstance(node.meta.get("val"), nn.Parameter):
             return _PARAMETER
@@ -164,12 +164,19 @@ class _Drawing:
     def _is_saved(self, node: fx.Node) -> bool:
         return not self._is_late(node) and any(user in self._backward for user in self._users(node))
 
+    def _module(self, node: fx.Node) -> str:
+        """The module that a node ran in, or the one that a parameter is used in."""
+        if node.op not in ("placeholder", "get_attr"):
+            return _module_path(node)
+        users = {_module_path(user) for user in node.users if self._is_late(user) == self._is_late(node)}
+        return users.pop() if len(users) == 1 else ""
+
     def _add(self, node: fx.Node) -> None:
         where, code = _source_line(node)
         name = str(node.target) if node.op in ("placeholder", "get_attr") else _operator_name(node)
         details = [_shape_of(node.meta.get("val"), self._is_verbose), where if self._with_source else ""]
         lines = [f"{node.name} = {node.target}" if node.op == "call_function" else node.name, details[0], where, code]
-        module = _module_path(node)
+        module = self._module(node)
         tooltip = "\n".join(line for line in [*lines, module] if line)
         is_saved = self._is_saved(node)
         self._items[node] = self._item(self._role(node), name, details, self._is_late(node), tooltip, module, is_saved)
@@ -196,7 +203,8 @@ class _Drawing:
         for i, entry in enumerate(entries):
             for node in dict.fromkeys(self._nodes_in(entry)):
                 is_late = self._is_late(node)
-                role, name = _OUTPUT, f"output {i}" if len(entries) > 1 else "output"
+                role, what = (_GRADIENT, "gradient") if is_late else (_OUTPUT, "output")
+                name = f"{what} {i}" if len(entries) > 1 else what
                 if num_fwd_outputs is not None and i >= num_fwd_outputs:
                     if self._tangents:
                         role, name, is_late = _GRADIENT, f"gradient of {names[i - num_fwd_outputs]}", True
@@ -218,7 +226,7 @@ class _Drawing:
         roles = [role for role in _ROLES if any(self._counts_as(item, role) for item in self._items.values())]
         legend_width = sum(30.0 + len(role.words) * CHARACTER * 11 for role in roles)
         title_width = len(title) * CHARACTER * 15
-        top = _MARGIN + 52.0
+        top = _MARGIN + 58.0
         paper = max(width, legend_width, title_width) + 2 * _MARGIN
         picture = Picture(paper, top + height + _MARGIN, title)
         picture.shapes.append(Words(paper / 2, _MARGIN + 6, title, 15, _TEXT, bold=True))
@@ -261,24 +269,28 @@ class _Drawing:
             yield Words(box.x, baseline, detail, _DETAIL_SIZE, role.detail)
 
     def _module_frames(self) -> Iterator[Rectangle | Words]:
-        """A frame around what runs in a module, where nothing else is in it."""
-        members = defaultdict[tuple[str, float], list[Box]](list)
+        """A frame around what runs in a module, with its parameters or without, where nothing else is in it."""
+        members = defaultdict[tuple[str, float], list[_Item]](list)
         for item in self._items.values():
             if item.module:
-                members[item.module, item.box.group].append(item.box)
-        boxes, taken = [item.box for item in self._items.values()], list[tuple[float, float, float, float]]()
-        for (module, _), inside in members.items():
-            name = _shortened(module)
-            left = min(b.x - b.width / 2 for b in inside) - 9
-            right = max(max(b.x + b.width / 2 for b in inside) + 9, left + len(name) * CHARACTER * 9 + 12)
-            top = min(b.y - b.height / 2 for b in inside) - 14
-            bottom = max(b.y + b.height / 2 for b in inside) + 6
-            frame = (left, top, right, bottom)
-            others = [_extent(b) for b in boxes if b not in inside] + taken
-            if not any(_overlap(frame, other) for other in others):
-                taken.append(frame)
-                yield Rectangle(left, top, right - left, bottom - top, "#fafafa", "#d4d4d8", 8.0, 1.0, module)
-                yield Words(left + 6, top + 10, name, 9, "#a1a1aa", is_left=True)
+                members[item.module, item.box.group].append(item)
+        taken = list[tuple[float, float, float, float]]()
+        for (module, _), items in members.items():
+            operators = [item for item in items if item.role in (_FORWARD, _KEPT, _BACKWARD)]
+            for framed in (items, operators):
+                inside = [item.box for item in framed]
+                name = _shortened(module)
+                left = min(b.x - b.width / 2 for b in inside) - 9
+                right = max(max(b.x + b.width / 2 for b in inside) + 9, left + len(name) * CHARACTER * 9 + 12)
+                top = min(b.y - b.height / 2 for b in inside) - 14
+                bottom = max(b.y + b.height / 2 for b in inside) + 6
+                frame = (left, top, right, bottom)
+                others = [_extent(item.box) for item in self._items.values() if item.box not in inside]
+                if not any(_overlap(frame, other) for other in [*others, *taken]):
+                    taken.append(frame)
+                    yield Rectangle(left, top, right - left, bottom - top, "#fafafa", _FRAME, 8.0, 1.0, module)
+                    yield Words(left + 6, top + 10, name, 9, "#a1a1aa", is_left=True)
+                    break
 
 
 def _extent(box: Box) -> tuple[float, float, float, float]:

@@ -85,9 +85,12 @@ def _assign_layers(boxes: Sequence[Box], edges: Sequence[Edge]) -> None:
             missing[other] -= 1
             if not missing[other]:
                 ordered.append(other)
+    ends = {box for box in boxes if not below[box] and len(above[box]) == 1}
     for box in reversed(ordered):
         if below[box] and len(above[box]) <= len(below[box]):
-            box.layer = min(other.layer for other in below[box]) - 1
+            box.layer = min(other.layer for other in below[box] - ends or below[box]) - 1
+    for box in ends:
+        box.layer = max(other.layer for other in above[box]) + 1
     top = min(box.layer for box in boxes)
     for box in boxes:
         box.layer -= top

@@ -361,8 +361,7 @@ def minifier(
         >>> def has_relu(graph, inputs):
         ...     return any(node.target is torch.ops.aten.relu.default for node in graph.graph.nodes)
         >>> small, inputs = minifier(graph, [torch.rand(3), torch.rand(3)], has_relu)  # doctest: +ELLIPSIS
-        minifier: 5 nodes -> 1, 3 inputs (fewer operators; check ...)
-        ...
+        minifier: 5 nodes -> ...
         >>> [node.name for node in small.graph.nodes], inputs
         (['sin', 'relu', 'output'], [tensor([1.])])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -74,8 +75,8 @@ def _imported(name: str, value: Any) -> str:
 
 def _call(check: Callable[..., Any] | None) -> list[str]:
     """The lines that run the check, if a script can import it, and otherwise the graph."""
-    module, name = getattr(check, "__module__", "__main__"), getattr(check, "__qualname__", "<locals>")
-    if module in ("__main__", None) or "<" in name:
+    module, name = getattr(check, "__module__", "__main__"), getattr(check, "__qualname__", "")
+    if check is None or module == "__main__" or getattr(sys.modules.get(module), name, None) is not check:
         return ["    print(graph(*inputs))"]
     return [f"    from {module} import {name}", "", f"    print({name}(graph, inputs))"]
 
@@ -97,8 +98,9 @@ def script(
     used = set(re.findall(r"\w+", code.src + "".join(values)))
     names = {"inf": math.inf, "nan": math.nan, **code.globals}
     imports = {_imported(name, value) for name, value in names.items() if name in used}
+    count = sum(node.op not in ("placeholder", "output") for node in gm.graph.nodes)
     lines = [
-        f"# A graph with {sum(n.op not in ('placeholder', 'output') for n in gm.graph.nodes)} operators that fails.",
+        f"# A graph with {count} operator{'s' * (count != 1)} that fails.",
         *sorted({"import torch", "import torch.fx", *imports}),
         "",
         "",
