@@ -48,7 +48,7 @@ def flat_outputs(caller: str, outputs: Any) -> Sequence[Any]:
 
 
 def refuse_missing_cpp_compiler(error: Exception) -> NoReturn:
-    """Raise: Inductor cannot compile anything."""
+    """Raise: Inductor cannot compile for the CPU."""
     raise RuntimeError(
         "inductor: got no C++ compiler on this machine, expected g++ or clang++; install one, name it in the "
         "environment variable CXX, or run the graph with functorch_lite.compile.nop."

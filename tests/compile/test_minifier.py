@@ -336,7 +336,7 @@ def test_refuses_to_keep_results_nowhere():
         minifier(*large_graph(length=5, bug_at=2), relu_of_a_sin, offload_to_disk=True)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("lie", ["fails where it does not", "does not fail where it does"])
 def test_a_check_that_is_sometimes_wrong(lie, seed):
     chosen = random.Random(seed)
