@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from functorch_lite import _C, _tree
 from functorch_lite.compile._annotations import ModuleStack
+from functorch_lite.compile._subclasses import plain_tensors
 
 #: From tensors to the leaves of the output.
 TensorsFunction = Callable[[list[Any]], list[Any]]
@@ -130,7 +131,7 @@ class _Captures(TorchFunctionMode):
     def _inside(self, tensor: Tensor) -> Tensor:
         below = _C.innermost_value(tensor) if _C.is_wrapper(tensor) else tensor
         # Fake tensors compute with real ones on their own account: meanwhile their mode is off.
-        is_ours = isinstance(below, FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is None
+        is_ours = isinstance(plain_tensors(below)[0], FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is None
         return tensor if is_ours else self._lift(tensor)
 
     def _grad(
