@@ -189,9 +189,10 @@ class _Entry:
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
-        if self._bases is not None:
-            tensors = self._bases.tensors(tensors)
-        return self.specialization.run(tensors, level)
+        if self._bases is None:
+            return self.specialization.run(tensors, level)
+        leaves = self.specialization.run(self._bases.tensors(tensors), level)
+        return [tensors[x.number] if isinstance(x, _bases.Argument) else x for x in leaves]
 
 
 def _captured_key(tensor: Any) -> Any:
