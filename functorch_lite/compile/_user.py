@@ -108,32 +108,72 @@ def _options(
     return Options(forward, backward or forward, inference or forward, partition, dict(decompositions or {}), dynamic)
 
 
+class _State:
+    """Where a module keeps its parameters and buffers. Looked up once, for the walk takes longer than a small graph."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        self._sizes = self._count()
+        #: Name, and the dictionary and key under which the tensor is found.
+        self._places = [
+            (f"{path}.{key}" if path else key, members, key)
+            for path, child in module.named_modules()
+            for members in (child._parameters, child._buffers)
+            for key in members
+        ]
+
+    def _count(self) -> tuple[int, ...]:
+        return tuple(len(m._modules) + len(m._parameters) + len(m._buffers) for m in self._modules)
+
+    def is_up_to_date(self) -> bool:
+        """Whether no module, parameter or buffer was added or removed."""
+        return self._sizes == self._count()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; a tensor with several names once."""
+        result: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, members, key in self._places:
+            tensor = members[key]
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                result[name] = tensor
+        return result
+
+    def training(self) -> tuple[bool, ...]:
+        """The mode of each module."""
+        return tuple(module.training for module in self._modules)
+
+
 class _CompiledModule(nn.Module):
     """A module whose calls are compiled. Parameters and buffers are those of ``orig_mod``."""
 
     def __init__(self, mod: nn.Module, options: Options) -> None:
         super().__init__()
         self.orig_mod = mod
-        count = len(list(mod.parameters())) + len(list(mod.buffers()))
-        self._compiled = CompiledLeaves(self._of_leaves, options, count)
+        self._state = _State(mod)
+        self._compiled = CompiledLeaves(self._of_leaves, options, len(self._state.tensors()))
 
     def _of_leaves(self, leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
-        state, args, kwargs = pytree.tree_unflatten(leaves, structure[0])
+        names, in_structure, _ = structure
+        args, kwargs = pytree.tree_unflatten(leaves[len(names) :], in_structure)
+        state = dict(zip(names, leaves, strict=False))
         given = dict(state)
         output = functional_call(self.orig_mod, state, args, kwargs)
         replaced = {name: tensor for name, tensor in state.items() if tensor is not given[name]}
         return pytree.tree_flatten((output, replaced))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, Callable[[], list[str]]]:
-        state: dict[str, Tensor] = {**dict(self.orig_mod.named_parameters()), **dict(self.orig_mod.named_buffers())}
-        leaves, structure = pytree.tree_flatten((state, args, kwargs))
+        if not self._state.is_up_to_date():
+            self._state = _State(self.orig_mod)
+        state = self._state.tensors()
+        leaves, structure = pytree.tree_flatten((args, kwargs))
 
         def names() -> list[str]:
-            return [_arguments.identifier(name) for name in state] + _arguments.names(
-                self.orig_mod.forward, args, kwargs
-            )
+            given = _arguments.names(self.orig_mod.forward, args, kwargs)
+            return [_arguments.identifier(name) for name in state] + given
 
-        return leaves, (structure, tuple(module.training for module in self.orig_mod.modules())), names
+        return [*state.values(), *leaves], (tuple(state), structure, self._state.training()), names
 
     def prepare(self, args: tuple[Any, ...]) -> None:
         """Compile for certain arguments."""
