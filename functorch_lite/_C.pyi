@@ -51,7 +51,6 @@ class AutodiffLevel(Level):
         inputs: Sequence[torch.Tensor],
         keep_graph: bool,
     ) -> list[torch.Tensor | None]: ...
-
     @staticmethod
     def gradients(
         outputs: Sequence[torch.Tensor],

@@ -17,7 +17,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_LIBRARIES = (_PACKAGE, os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
+LIBRARIES = (_PACKAGE, os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
 
 #: Where the traced function and its backward pass are called.
 _RUN = os.path.join(os.path.dirname(__file__), "_run.py")
@@ -98,7 +98,7 @@ def _user_stack() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not _begins_run(frame):
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES):
+        if not name.startswith(LIBRARIES):
             lines.append(_line(frame))
         elif name.startswith(_MODULES) and frame.f_code.co_name == "forward":
             module = module or _line(frame)

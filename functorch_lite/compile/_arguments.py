@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from functorch_lite import _C
+from functorch_lite.compile import _checks
 from functorch_lite.compile._subclasses import is_subclass
 
 #: Devices whose autocast state a graph depends on.
@@ -39,6 +40,11 @@ class Arguments:
             else:
                 self.places.append(None)
                 self.statics.append(leaf)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Require arguments that can be traced."""
+        for name, place, static in zip(names, self.places, self.statics, strict=True):
+            _checks.check_argument(name, static if place is None else self.tensors[place])
 
     def template(self) -> Arguments:
         """The same without the tensors, which it would keep alive."""

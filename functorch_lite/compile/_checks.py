@@ -156,6 +156,83 @@ def check_no_graphviz(caller: str, prog: Any) -> None:
         )
 
 
+def refuse_branch(location: str) -> NoReturn:
+    """Raise: the values of tensors decide which code runs."""
+    raise NotImplementedError(
+        f"compile: {location}, the values of a tensor decide what Python does (if, while, an index, a size), and a "
+        f"graph is made before there are values. Use torch.where or another operator, pass a Python value as an "
+        f"argument, which gives another graph for each, or leave this part out of what is compiled."
+    )
+
+
+def refuse_data(location: str) -> NoReturn:
+    """Raise: the values of tensors are read."""
+    raise NotImplementedError(
+        f"compile: {location}, the numbers of a tensor are read (.tolist(), .numpy(), torch.tensor of tensors), and a "
+        f"graph is made before there are any. Use PyTorch's operators, or leave this part out of what is compiled."
+    )
+
+
+def refuse_backward(location: str) -> NoReturn:
+    """Raise: .backward() inside of what is compiled."""
+    raise NotImplementedError(
+        f"compile: {location}, .backward() is called inside the function, and gradients would be written into .grad "
+        f"behind the graph's back. Use torch.autograd.grad or functorch_lite.grad inside, or call backward() on what "
+        f"the compiled function returns."
+    )
+
+
+def refuse_fake(location: str, reason: str) -> NoReturn:
+    """Raise: PyTorch's fake tensors do not know an operator."""
+    raise NotImplementedError(
+        f"compile: {location}, the function calls something that cannot be traced: {reason} Leave this part out of "
+        f"what is compiled, or make it a torch.library.custom_op with register_fake."
+    )
+
+
+def check_argument(name: str, value: Any) -> None:
+    """Require something that graphs can be found again by, or a tensor that can be traced."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested or value.is_quantized:
+            kind = "nested" if value.is_nested else "quantized"
+            raise NotImplementedError(
+                f"compile: argument {name} is a {kind} tensor, which cannot be traced. Pass "
+                f"{'padded tensors and a mask' if value.is_nested else 'x.dequantize()'}."
+            )
+        return
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"compile: argument {name} is a {type(value).__name__}, which has no hash, so that there is no telling "
+            f"when it changes. Pass a tensor (torch.as_tensor), or a hashable value such as a tuple or a string."
+        ) from None
+
+
+def refuse_generator() -> NoReturn:
+    """Raise: a random generator was made inside the function."""
+    raise NotImplementedError(
+        "compile: the function makes a torch.Generator and draws from it. The graph would go on drawing where the last "
+        "call ended. Pass the generator as an argument."
+    )
+
+
+def refuse_set(name: str) -> NoReturn:
+    """Raise: an argument gets another memory."""
+    raise NotImplementedError(
+        f"compile: the function gives its argument {name} another memory or size (set_, .data = ..., resize_). Return "
+        f"the new tensor from the function instead."
+    )
+
+
+def refuse_resize(location: str) -> NoReturn:
+    """Raise: a tensor becomes larger in place."""
+    raise NotImplementedError(
+        f"compile: {location}, resize_ makes a tensor larger, which cannot be traced. Make a tensor of the new size "
+        f"instead, and return it."
+    )
+
+
 def refuse_shared_memory() -> NoReturn:
     """Raise: inputs share memory in a way that is not known to autograd."""
     raise NotImplementedError(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -89,8 +88,12 @@ class CompiledLeaves:
         """The graph for certain arguments, which is made if there is none."""
         shared = arguments.shared()
         sharing = {i for group in shared for i in group}
-        key = (structure, arguments.key(lambda i, tensor: self._describe(i, tensor, i in sharing), shared))
-        entries = self._entries.setdefault(key, [])
+        try:
+            key = (structure, arguments.key(lambda i, tensor: self._describe(i, tensor, i in sharing), shared))
+            entries = self._entries.setdefault(key, [])
+        except (TypeError, RuntimeError):  # no hash, or no sizes
+            arguments.check(names())
+            raise
         for entry in entries:
             if entry.is_valid(arguments.tensors):
                 return entry
@@ -131,6 +134,7 @@ class _Entry:
             return leaves
 
         sharing = {i for group in shared for i in group}
+        arguments.check(names)
         by_tensor = dict(zip(arguments.places, names, strict=True))
         inputs = [
             Input(

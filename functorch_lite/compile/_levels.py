@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -108,16 +107,14 @@ def _with_tangents(
         return level.lift_constant(value) if tangent is None else level.lift_dual(value, tangent)
 
     with _C.Below():
-        results, (found, count, written) = derived.call(
-            [*values, *(tangents[i] for i in which)], structure, all_names
-        )
+        results, (found, count, written) = derived.call([*values, *(tangents[i] for i in which)], structure, all_names)
     for i, tangent in zip(written, results[2 * count :], strict=True):
         level.take_derivative(leaves[i], level.lift_dual(values[i], tangent))
     return [lifted(x, t) for x, t in zip(results[:count], results[count : 2 * count], strict=True)], found
 
 
 def _pushed_forward(compiled: CompiledLeaves, which: Sequence[int]) -> Any:
-    """From leaves and tangents of the selected ones to outputs, their tangents, and those of leaves that are written."""
+    """From leaves and tangents of the selected ones to outputs, their tangents, and those of written leaves."""
 
     def pushed(leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
         primals, directions = leaves[: len(leaves) - len(which)], leaves[len(leaves) - len(which) :]

@@ -8,17 +8,25 @@ used that are no arguments. Those become inputs, too.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -26,11 +34,12 @@ from torch.fx.experimental.proxy_tensor import (
     py_sym_types,
     track_tensor_tree,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from functorch_lite import _C
 from functorch_lite._boundary import name_of_tensor
-from functorch_lite.compile import _nodes
-from functorch_lite.compile._annotations import Annotations, ModuleStack
+from functorch_lite.compile import _checks, _nodes
+from functorch_lite.compile._annotations import LIBRARIES, Annotations, ModuleStack
 from functorch_lite.compile._arguments import identifier
 from functorch_lite.compile._effects import Constant, Output, SameAsInput, Value, View, ViewGraph, Write, view_graph
 from functorch_lite.compile._run import Input, Run, Source, TensorsFunction
@@ -106,8 +115,68 @@ def trace(
     with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, list(inputs), fake_mode)
         plain = Packing(run.fakes).flatten(run.fakes)
-        module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
-    return run.finished(module)
+        with _explained():
+            module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
+    result = run.finished(module)
+    if _makes_generator(module.graph):
+        _checks.refuse_generator()
+    return result
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what cannot be traced in the user's terms."""
+    try:
+        yield
+    except RuntimeError as error:
+        refuse = _reason_of(error)
+        if refuse is None:
+            raise
+        try:
+            refuse(_location(error))
+        except NotImplementedError as explained:
+            raise explained from error
+
+
+def _reason_of(error: RuntimeError) -> Callable[[str], NoReturn] | None:
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return _checks.refuse_branch
+    if isinstance(error, _UNTRACEABLE):
+        return functools.partial(_checks.refuse_fake, reason=f"{error}.")
+    return next((refuse for text, refuse in _REASONS.items() if text in str(error)), None)
+
+
+_UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_REASONS: dict[str, Callable[[str], NoReturn]] = {
+    "Cannot access data pointer of Tensor": _checks.refuse_data,
+    "Cannot access storage of": _checks.refuse_data,
+    "called inside torch.vmap": _checks.refuse_backward,
+    "Attempted to resize a view tensor to a larger size": _checks.refuse_resize,
+}
+
+
+def _location(error: BaseException) -> str:
+    """The line of the user's code that raised."""
+    found = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(LIBRARIES)]
+    return f"at {found[-1].filename}:{found[-1].lineno}" if found else "in the function"
+
+
+def _makes_generator(graph: fx.Graph) -> bool:
+    """Whether a random generator is used that nobody else knows."""
+    generators = [
+        argument
+        for node in graph.nodes
+        for argument in (*node.args, *node.kwargs.values())
+        if isinstance(argument, torch.Generator)
+    ]
+    by_nodes = {id(generator): sum(generator is other for other in generators) for generator in generators}
+    # Beside the nodes, the list, the loop and the call refer to it.
+    return any(sys.getrefcount(generator) <= 2 * by_nodes[id(generator)] + 2 for generator in generators)
 
 
 class CapturedWrapperError(Exception):
@@ -267,6 +336,8 @@ class _TracedRun(Run):
             if _metadata(argument) != self.metadata[i]:
                 shape = ViewGraph()
                 self._remember_views(shape, argument, self.roots[i])
+                if self.views[-1][-1].shape != argument.shape:
+                    _checks.refuse_set(self.inputs[i].name)
             if contents or shape is not None:
                 result = self._add(argument, Source("argument", i)) if contents else None
                 differentiated = argument.requires_grad and not argument.is_leaf
