@@ -46,6 +46,12 @@ class Arguments:
         for name, place, static in zip(names, self.places, self.statics, strict=True):
             _checks.check_argument(name, static if place is None else self.tensors[place])
 
+    def check_generators(self, used: Sequence[torch.Generator]) -> None:
+        """Require that they are arguments: one that the function makes would be made once."""
+        given = {static._cdata for static in self.statics if isinstance(static, torch.Generator)}
+        if any(generator._cdata not in given for generator in used):
+            _checks.refuse_generator()
+
     def template(self) -> Arguments:
         """The same without the tensors, which it would keep alive."""
         result = copy.copy(self)

@@ -210,10 +210,10 @@ def check_argument(name: str, value: Any) -> None:
 
 
 def refuse_generator() -> NoReturn:
-    """Raise: a random generator was made inside the function."""
+    """Raise: a random generator is no argument."""
     raise NotImplementedError(
-        "compile: the function makes a torch.Generator and draws from it. The graph would go on drawing where the last "
-        "call ended. Pass the generator as an argument."
+        "compile: the function draws from a torch.Generator that is no argument. If the function makes it, the graph "
+        "would go on drawing where the last call ended. Pass the generator as an argument."
     )
 
 

@@ -161,6 +161,7 @@ class _Entry:
         if of_written is not None:
             self._bases = of_written
             trace = traced(self._bases)
+        arguments.check_generators(trace.generators())
         self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
         self._training = [(module, module.training) for module in trace.modules.seen]
         self._owners = [

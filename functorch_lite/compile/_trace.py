@@ -8,7 +8,6 @@ used that are no arguments. Those become inputs, too.
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +85,10 @@ class Trace:
         """What the graph returns."""
         return _nodes.returned(self.graph_module.graph)
 
+    def generators(self) -> list[torch.Generator]:
+        """The random generators that the graph draws from, beside PyTorch's own."""
+        return [value for value in vars(self.graph_module).values() if isinstance(value, torch.Generator)]
+
     def guards(self, shape_env: Any) -> str | None:
         """What the sizes of the arguments have to fulfil, as a Python expression; None for anything."""
         arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.dynamic]
@@ -117,10 +120,7 @@ def trace(
         plain = Packing(run.fakes).flatten(run.fakes)
         with _explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
-    result = run.finished(module)
-    if _makes_generator(module.graph):
-        _checks.refuse_generator()
-    return result
+    return run.finished(module)
 
 
 @contextmanager
@@ -156,6 +156,7 @@ _REASONS: dict[str, Callable[[str], NoReturn]] = {
     "Cannot access data pointer of Tensor": _checks.refuse_data,
     "Cannot access storage of": _checks.refuse_data,
     "called inside torch.vmap": _checks.refuse_backward,
+    "There was no fake impl registered": functools.partial(_checks.refuse_fake, reason="it has no fake form."),
     "Attempted to resize a view tensor to a larger size": _checks.refuse_resize,
 }
 
@@ -164,19 +165,6 @@ def _location(error: BaseException) -> str:
     """The line of the user's code that raised."""
     found = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(LIBRARIES)]
     return f"at {found[-1].filename}:{found[-1].lineno}" if found else "in the function"
-
-
-def _makes_generator(graph: fx.Graph) -> bool:
-    """Whether a random generator is used that nobody else knows."""
-    generators = [
-        argument
-        for node in graph.nodes
-        for argument in (*node.args, *node.kwargs.values())
-        if isinstance(argument, torch.Generator)
-    ]
-    by_nodes = {id(generator): sum(generator is other for other in generators) for generator in generators}
-    # Beside the nodes, the list, the loop and the call refer to it.
-    return any(sys.getrefcount(generator) <= 2 * by_nodes[id(generator)] + 2 for generator in generators)
 
 
 class CapturedWrapperError(Exception):
