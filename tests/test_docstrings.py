@@ -8,18 +8,22 @@ import pkgutil
 import pytest
 
 import functorch_lite
+import functorch_lite.compile
 
 MODULES = sorted(
-    m.name for m in pkgutil.iter_modules(functorch_lite.__path__, "functorch_lite.") if not m.name.endswith("._C")
+    m.name for m in pkgutil.walk_packages(functorch_lite.__path__, "functorch_lite.") if not m.name.endswith("._C")
 )
-FUNCTIONS = sorted(
-    n for n in functorch_lite.__all__ if inspect.isfunction(getattr(functorch_lite, n)) and n != "make_fx"
-)
+#: make_fx is PyTorch's own.
+PUBLIC = {
+    **{name: getattr(functorch_lite, name) for name in functorch_lite.__all__ if name != "make_fx"},
+    **{f"compile.{n}": getattr(functorch_lite.compile, n) for n in functorch_lite.compile.__all__ if n != "make_fx"},
+}
+FUNCTIONS = sorted(name for name, value in PUBLIC.items() if inspect.isfunction(value))
 
 
-@pytest.mark.parametrize("name", [name for name in functorch_lite.__all__ if name != "make_fx"])
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if not isinstance(value, dict)])
 def test_examples_of_public_name(name, capsys):
-    text = inspect.getdoc(getattr(functorch_lite, name))
+    text = inspect.getdoc(PUBLIC[name])
     runner = doctest.DocTestRunner()
     runner.run(doctest.DocTestParser().get_doctest(text, {}, name, None, 0))
     assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
@@ -31,15 +35,15 @@ def test_examples_of_module(name, capsys):
     assert failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", functorch_lite.__all__)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_has_a_docstring(name):
-    first_line = inspect.getdoc(getattr(functorch_lite, name)).splitlines()[0]
+    first_line = inspect.getdoc(PUBLIC[name]).splitlines()[0]
     assert len(first_line) > 10
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_has_its_sections(name):
-    function = getattr(functorch_lite, name)
+    function = PUBLIC[name]
     doc = inspect.getdoc(function)
     for section in ("Args:", "Returns:", "Example:"):
         assert f"\n{section}\n" in doc, f"{name} has no {section}"
@@ -48,7 +52,7 @@ def test_docstring_has_its_sections(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_names_every_argument(name):
-    function = getattr(functorch_lite, name)
+    function = PUBLIC[name]
     described = inspect.getdoc(function).partition("Args:\n")[2].partition("\nReturns:")[0]
     for parameter in inspect.signature(function).parameters:
         assert f"\n    {parameter}: " in f"\n{described}", f"{name} does not describe {parameter}"

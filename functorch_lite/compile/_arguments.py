@@ -48,8 +48,8 @@ class Arguments:
 
     def check_generators(self, used: Sequence[torch.Generator]) -> None:
         """Require that they are arguments: one that the function makes would be made once."""
-        given = {static._cdata for static in self.statics if isinstance(static, torch.Generator)}
-        if any(generator._cdata not in given for generator in used):
+        given = {x._cdata for x in self.statics if isinstance(x, torch.Generator)}  # type: ignore[attr-defined]
+        if any(x._cdata not in given for x in used):  # type: ignore[attr-defined]
             _checks.refuse_generator()
 
     def template(self) -> Arguments:

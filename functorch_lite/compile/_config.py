@@ -43,7 +43,7 @@ class Config:
             AttributeError: There is no such setting.
 
         Example:
-            >>> from functorch_lite.compile._config import config
+            >>> from functorch_lite.compile import config
             >>> with config.patch(memory_budget=0.5):
             ...     config.memory_budget
             0.5

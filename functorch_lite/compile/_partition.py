@@ -48,7 +48,7 @@ def default_partition(
     Example:
         >>> import torch
         >>> from functorch_lite import make_fx, vjp
-        >>> from functorch_lite.compile._partition import default_partition
+        >>> from functorch_lite.compile import default_partition
         >>> def joint(x, tangent):
         ...     y, pull = vjp(lambda x: x.sin().exp(), x)
         ...     return [y, *pull(tangent)]
@@ -105,7 +105,7 @@ def min_cut_rematerialization_partition(
     Example:
         >>> import torch
         >>> from functorch_lite import make_fx, vjp
-        >>> from functorch_lite.compile._partition import min_cut_rematerialization_partition
+        >>> from functorch_lite.compile import min_cut_rematerialization_partition
         >>> def joint(x, tangent):
         ...     y, pull = vjp(lambda x: x.sin().exp(), x)
         ...     return [y, *pull(tangent)]

@@ -61,7 +61,7 @@ def partition_report(
     Example:
         >>> import torch
         >>> from functorch_lite import make_fx, vjp
-        >>> from functorch_lite.compile._partition import default_partition
+        >>> from functorch_lite.compile import default_partition
         >>> from functorch_lite.compile._partition_report import partition_report
         >>> def joint(x, tangent):
         ...     y, pull = vjp(lambda x: x.sin().exp(), x)
