@@ -176,8 +176,8 @@ std::vector<c10::SymInt> layout_of(const at::Tensor& value) {
 
 // Whether PyTorch's way to write the results into `out` needs memory, or leaves something out.
 bool needs_functional_form(const c10::OperatorHandle& op) {
-  static const std::unordered_set<std::string> names{"aten::matmul", "aten::kron", "aten::linalg_matrix_rank",
-                                                     "aten::_native_batch_norm_legit"};
+  static const std::unordered_set<std::string> names{"aten::matmul", "aten::linear", "aten::kron",
+                                                     "aten::linalg_matrix_rank", "aten::_native_batch_norm_legit"};
   return names.count(op.operator_name().name) > 0 && is_out_form(op.schema()) && find_sibling(op) != nullptr;
 }
 

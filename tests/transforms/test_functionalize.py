@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -120,12 +121,14 @@ def test_as_eager(name, remove):
     as_eager(functionalize(f, remove=remove), f, numbers(2, 3))
 
 
-@pytest.mark.parametrize("mode", MODES)
+#: A number of a tensor, another memory, a seed, a module made inside: what a trace does not hold.
+UNTRACEABLE = {"item", "other data", "set_", "random", "dropout", "batch norm"}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("remove", REMOVE)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in UNTRACEABLE])
 def test_traced(name, remove, mode):
-    if name in ("item", "other data", "set_", "random", "dropout", "batch norm"):
-        pytest.skip("a number of a tensor, another memory, a seed, or a module made inside: not what a trace can hold")
     if mode == "symbolic" and name in ("resize_ to more", "resize_ to less", "out"):
         pytest.skip("PyTorch's functionalization changes sizes only if they are numbers")
     if mode == "symbolic" and name == "unsafe_chunk":
@@ -565,8 +568,8 @@ def test_operator(name):
     for sample in samples_of(op, dtype, requires_grad=False, number=1):
         for form, f in writing_forms(op, sample):
             args = (sample.input, sample.args, sample.kwargs)
-            for remove in REMOVE:
-                compare_with_eager(functionalize(f, remove=remove), f, args, REFUSED.get((name, form)))
+            remove = REMOVE[zlib.crc32(f"{name} {form}".encode()) % 2]
+            compare_with_eager(functionalize(f, remove=remove), f, args, REFUSED.get((name, form)))
 
 
 def compare_with_eager(functional, f, args, refused=None):
