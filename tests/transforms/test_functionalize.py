@@ -221,6 +221,19 @@ def test_autograd_outside(remove):
     torch.testing.assert_close(grad(functionalize(loss, remove=remove))(w.detach(), x), expected[0])
 
 
+def test_autograd_through_a_write_with_as_strided():
+    def f(x):
+        y = x.clone()
+        y.as_strided((2, 2), (1, 2)).mul_(x[:2, :2])
+        y.as_strided((2,), (3,), 1).fill_(1)
+        return (y * x).sum()
+
+    x = numbers(2, 3).requires_grad_()
+    expected = torch.autograd.grad(f(x), x)
+    torch.testing.assert_close(torch.autograd.grad(functionalize(f)(x), x), expected)
+    torch.testing.assert_close(grad(functionalize(f))(x.detach()), expected[0])
+
+
 def test_optimizer_step_outside_of_autograd():
     w = numbers(3).requires_grad_()
 
