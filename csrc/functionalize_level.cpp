@@ -10,6 +10,9 @@
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/alias_copy.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/as_strided_copy.h>
+#include <ATen/ops/as_strided_scatter.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/detach.h>
 #include <ATen/ops/detach_copy.h>
@@ -114,6 +117,39 @@ class DetachedView final : public at::functionalization::ViewMeta {
   bool is_open_ = false;
 };
 
+// as_strided, without PyTorch's formula for the derivative of its inverse, which is wrong. Levels have one of their
+// own.
+class StridedView final : public at::functionalization::ViewMeta {
+ public:
+  StridedView(std::vector<c10::SymInt> sizes, std::vector<c10::SymInt> strides, std::optional<c10::SymInt> offset,
+              bool is_symbolic, bool keep_views)
+      : ViewMeta(is_symbolic, /*is_multi_output=*/false, /*is_as_strided=*/true),
+        sizes_(std::move(sizes)),
+        strides_(std::move(strides)),
+        offset_(std::move(offset)),
+        keep_views_(keep_views) {}
+
+  at::Tensor forward(const at::Tensor& base) override {
+    if (!keep_views_) return at::as_strided_copy_symint(base, sizes_, strides_, offset_);
+    return at::as_strided_symint(base, sizes_, strides_, offset_);
+  }
+
+  at::Tensor reverse(const at::Tensor& base, const at::Tensor& view) override {
+    if (current_level() != nullptr || !(base.requires_grad() || view.requires_grad())) {
+      return at::as_strided_scatter_symint(base, view, sizes_, strides_, offset_);
+    }
+    auto result = at::clone(base);
+    at::as_strided_symint(result, sizes_, strides_, offset_).copy_(view);
+    return result;
+  }
+
+ private:
+  std::vector<c10::SymInt> sizes_;
+  std::vector<c10::SymInt> strides_;
+  std::optional<c10::SymInt> offset_;
+  bool keep_views_;
+};
+
 [[noreturn]] void refuse_overlap(const at::Tensor& tensor) {
   TORCH_CHECK(false, "functionalize: an in-place operator writes into a tensor of shape ", tensor.sym_sizes(),
               " in which several elements are one place in memory, as after expand(). Write into its clone().");
@@ -180,8 +216,8 @@ std::vector<c10::SymInt> layout_of(const at::Tensor& value) {
 
 // Whether PyTorch's way to write the results into `out` needs memory, or leaves something out.
 bool needs_functional_form(const c10::OperatorHandle& op) {
-  static const std::unordered_set<std::string> names{"aten::matmul", "aten::kron", "aten::linalg_matrix_rank",
-                                                     "aten::_native_batch_norm_legit"};
+  static const std::unordered_set<std::string> names{"aten::matmul", "aten::linear", "aten::kron",
+                                                     "aten::linalg_matrix_rank", "aten::_native_batch_norm_legit"};
   return names.count(op.operator_name().name) > 0 && is_out_form(op.schema()) && find_sibling(op) != nullptr;
 }
 
@@ -314,37 +350,62 @@ void run_batch_norm(const c10::OperatorHandle& op, Stack& stack) {
   if (op.schema().returns().size() == 4) torch::jit::push(stack, at::empty({0}, input.options().dtype(at::kByte)));
 }
 
-// Below the level.
+bool is_differentiated_value(const at::Tensor& tensor) {
+  return may_be_differentiated(functional::from_functional_tensor(tensor, /*assert_functional=*/false));
+}
+
+// Both below the level, with functional tensors where the operator has aliases. They take the arguments off the stack.
+void call_differentiable_copy(Stack& stack) {
+  const auto arguments = torch::jit::pop(stack, 3);  // target, source, non_blocking
+  const auto& target = arguments[0].toTensor();
+  replace(target, differentiable_copy(impl_of(target).value(), arguments[1].toTensor()));
+  stack.emplace_back(target);
+}
+
+void call_as_strided(Stack& stack, bool keep_views) {
+  const auto arguments = torch::jit::pop(stack, 4);  // tensor, sizes, strides, offset
+  const auto& whole = arguments[0].toTensor();
+  auto offset = arguments[3].isNone() ? std::nullopt : std::make_optional(arguments[3].toSymInt());
+  const bool is_symbolic = whole.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  auto view = std::make_shared<StridedView>(arguments[1].toSymIntVector(), arguments[2].toSymIntVector(),
+                                            std::move(offset), is_symbolic, keep_views);
+  const auto value = view->forward(impl_of(whole).value());
+  stack.emplace_back(at::detail::make_tensor<at::FunctionalTensorWrapper>(value, &impl_of(whole), std::move(view)));
+}
+
+// What was there before has no part in the derivative.
+void forget_derivatives(c10::IValue* arguments, size_t n) {
+  replace_tensors(arguments, n, [](const at::Tensor& tensor) {
+    if (!is_differentiated_value(tensor)) return tensor;
+    if (!functional::isFunctionalTensor(tensor)) return at::detach(tensor);
+    impl_of(tensor).replace_(at::detach(impl_of(tensor).value()));
+    return tensor;
+  });
+}
+
 void call_functionalized(const c10::OperatorHandle& op, Stack& stack, bool keep_views) {
   static const auto copy = find_operator("copy_");
+  static const auto as_strided = find_operator("as_strided");
+  static const std::array larger_than_memory{find_operator("expand"), find_operator("unfold"), as_strided};
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
-  const auto is_differentiated = [](const at::Tensor& tensor) {
-    return may_be_differentiated(functional::from_functional_tensor(tensor, /*assert_functional=*/false));
-  };
-  if (op == copy && (is_differentiated(arguments[0].toTensor()) || is_differentiated(arguments[1].toTensor()))) {
-    const auto target = arguments[0].toTensor();
-    replace(target, differentiable_copy(impl_of(target).value(), arguments[1].toTensor()));
-    torch::jit::drop(stack, n);
-    return torch::jit::push(stack, target);
+  if (op == copy &&
+      (is_differentiated_value(arguments[0].toTensor()) || is_differentiated_value(arguments[1].toTensor()))) {
+    return call_differentiable_copy(stack);
   }
-  if (overwrites(op.operator_name())) {
-    replace_tensors(arguments, n, [&](const at::Tensor& tensor) {
-      if (!is_differentiated(tensor)) return tensor;
-      if (!functional::isFunctionalTensor(tensor)) return at::detach(tensor);
-      impl_of(tensor).replace_(at::detach(impl_of(tensor).value()));
-      return tensor;
-    });
+  if (overwrites(op.operator_name())) forget_derivatives(arguments, n);
+  const bool may_be_larger =
+      !keep_views && std::find(larger_than_memory.begin(), larger_than_memory.end(), op) != larger_than_memory.end();
+  const auto source = may_be_larger ? arguments[0].toTensor() : at::Tensor();
+  if (op == as_strided) {
+    call_as_strided(stack, keep_views);
+  } else {
+    const functional::FunctionalizationReapplyViewsGuard views(keep_views);
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Functionalize), &stack);
   }
-  static const std::array overlapping{find_operator("expand"), find_operator("unfold"), find_operator("as_strided")};
-  const bool may_overlap_itself =
-      !keep_views && std::find(overlapping.begin(), overlapping.end(), op) != overlapping.end();
-  const auto source = may_overlap_itself ? arguments[0].toTensor() : at::Tensor();
-  const functional::FunctionalizationReapplyViewsGuard views(keep_views);
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Functionalize), &stack);
   if (!source.defined() || source.sym_numel() >= stack.back().toTensor().sym_numel()) return;
-  const auto expanded = stack.back().toTensor();
-  stack.back() = at::detail::make_tensor<at::FunctionalTensorWrapper>(impl_of(expanded).value(), &impl_of(expanded),
+  const auto copied = stack.back().toTensor();
+  stack.back() = at::detail::make_tensor<at::FunctionalTensorWrapper>(impl_of(copied).value(), &impl_of(copied),
                                                                       std::make_shared<ExpandedCopy>());
 }
 

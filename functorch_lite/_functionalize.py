@@ -60,10 +60,10 @@ def functionalize(
     return boundary("functionalize", functional, like=func)
 
 
-def run(keep_views: bool, func: Callable[..., Any], args: Any, kwargs: Any = {}) -> Any:  # noqa: B006
+def run(keep_views: bool, func: Callable[..., Any], args: Any, kwargs: dict[str, Any] | None = None) -> Any:
     """Call ``func`` at a functionalize level, then write what it has written."""
     with _C.FunctionalizeLevel(keep_views) as level:
-        output = func(*_tree.map_tensors(level.lift, args), **_tree.map_tensors(level.lift, kwargs))
+        output = func(*_tree.map_tensors(level.lift, args), **_tree.map_tensors(level.lift, kwargs or {}))
         leaves, spec = _tree.flatten(output)
         results = [_Result(level, leaf) for leaf in leaves]
         writes = [_Write(level, *found) for found in level.from_outside()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -120,12 +121,14 @@ def test_as_eager(name, remove):
     as_eager(functionalize(f, remove=remove), f, numbers(2, 3))
 
 
-@pytest.mark.parametrize("mode", MODES)
+#: A number of a tensor, another memory, a seed, a module made inside: what a trace does not hold.
+UNTRACEABLE = {"item", "other data", "set_", "random", "dropout", "batch norm"}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("remove", REMOVE)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in UNTRACEABLE])
 def test_traced(name, remove, mode):
-    if name in ("item", "other data", "set_", "random", "dropout", "batch norm"):
-        pytest.skip("a number of a tensor, another memory, a seed, or a module made inside: not what a trace can hold")
     if mode == "symbolic" and name in ("resize_ to more", "resize_ to less", "out"):
         pytest.skip("PyTorch's functionalization changes sizes only if they are numbers")
     if mode == "symbolic" and name == "unsafe_chunk":
@@ -216,6 +219,19 @@ def test_autograd_outside(remove):
     expected = torch.autograd.grad(loss(w, x), w)
     torch.testing.assert_close(torch.autograd.grad(functionalize(loss, remove=remove)(w, x), w), expected)
     torch.testing.assert_close(grad(functionalize(loss, remove=remove))(w.detach(), x), expected[0])
+
+
+def test_autograd_through_a_write_with_as_strided():
+    def f(x):
+        y = x.clone()
+        y.as_strided((2, 2), (1, 2)).mul_(x[:2, :2])
+        y.as_strided((2,), (3,), 1).fill_(1)
+        return (y * x).sum()
+
+    x = numbers(2, 3).requires_grad_()
+    expected = torch.autograd.grad(f(x), x)
+    torch.testing.assert_close(torch.autograd.grad(functionalize(f)(x), x), expected)
+    torch.testing.assert_close(grad(functionalize(f))(x.detach()), expected[0])
 
 
 def test_optimizer_step_outside_of_autograd():
@@ -565,8 +581,8 @@ def test_operator(name):
     for sample in samples_of(op, dtype, requires_grad=False, number=1):
         for form, f in writing_forms(op, sample):
             args = (sample.input, sample.args, sample.kwargs)
-            for remove in REMOVE:
-                compare_with_eager(functionalize(f, remove=remove), f, args, REFUSED.get((name, form)))
+            remove = REMOVE[zlib.crc32(f"{name} {form}".encode()) % 2]
+            compare_with_eager(functionalize(f, remove=remove), f, args, REFUSED.get((name, form)))
 
 
 def compare_with_eager(functional, f, args, refused=None):
