@@ -31,6 +31,9 @@ _tracing = threading.RLock()
 def clear_compile_cache() -> None:
     """Forget the graphs of all compiled functions, which are compiled again when they are next called.
 
+    Returns:
+        None. `num_of_recompilations` starts from 0 again.
+
     Example:
         >>> from functorch_lite.compile import clear_compile_cache, num_of_recompilations
         >>> clear_compile_cache()
@@ -44,7 +47,10 @@ def clear_compile_cache() -> None:
 
 
 def num_of_recompilations() -> int:
-    """How many graphs (pairs of them where there is a backward pass) have been compiled since the cache was cleared.
+    """Count the graphs that have been compiled since the cache was cleared.
+
+    Returns:
+        Their number; a forward and a backward graph are counted once.
 
     Example:
         >>> import torch

@@ -36,7 +36,7 @@ def default_partition(
             outputs, the gradients last.
         joint_inputs: The pair ``(primals, tangents)``.
         num_fwd_outputs: How many outputs are those of the function, not gradients.
-        **ignored: What other partitioners take.
+        ignored: What other partitioners take.
 
     Returns:
         The forward module, from the primals to ``[*outputs, *saved_tensors, *saved_numbers]``, and the backward module,
@@ -93,7 +93,7 @@ def min_cut_rematerialization_partition(
         num_fwd_outputs: As for `default_partition`.
         memory_budget: A number from 0 to 1. None: ``config.memory_budget``.
         recomputable_ops: The operators to take for cheap, overloads or packets. None: those of which it is known.
-        **ignored: What other partitioners take, as ``compiler``.
+        ignored: What other partitioners take, as ``compiler``.
 
     Returns:
         The forward and the backward module, as those of `default_partition`.
