@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
+#include "functionalize_level.h"
 #include "fused_attention.h"
 #include "memory_meter.h"
 #include "rule.h"
@@ -148,6 +149,9 @@ py::object innermost_level() {
   if (auto* tape = dynamic_cast<TapeLevel*>(level)) {
     return py::cast(c10::intrusive_ptr<TapeLevel>::unsafe_reclaim_from_nonowning(tape));
   }
+  if (auto* functionalize = dynamic_cast<FunctionalizeLevel*>(level)) {
+    return py::cast(c10::intrusive_ptr<FunctionalizeLevel>::unsafe_reclaim_from_nonowning(functionalize));
+  }
   return py::cast(c10::intrusive_ptr<AutodiffLevel>::unsafe_reclaim_from_nonowning(static_cast<AutodiffLevel*>(level)));
 }
 
@@ -241,6 +245,15 @@ PYBIND11_MODULE(_C, m) {
       .def("value_of", &AutodiffLevel::value_of)
       .def("take_derivative", &AutodiffLevel::take_derivative)
       .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<FunctionalizeLevel, Level, c10::intrusive_ptr<FunctionalizeLevel>>(m, "FunctionalizeLevel")
+      .def(py::init<bool>(), py::arg("keep_views"))
+      .def("lift", &FunctionalizeLevel::lift)
+      .def("value_of", &FunctionalizeLevel::value_of)
+      .def("memory_of", &FunctionalizeLevel::memory_of)
+      .def("memory_value", &FunctionalizeLevel::memory_value)
+      .def("replay_views", &FunctionalizeLevel::replay_views)
+      .def("is_view", &FunctionalizeLevel::is_view);
 
   py::class_<Tape, c10::intrusive_ptr<Tape>>(m, "Tape")
       .def_property_readonly("inputs", &Tape::inputs)

@@ -22,11 +22,18 @@ bool autocast_first(const c10::OperatorHandle& op, Stack& stack) {
   return true;
 }
 
+// PyTorch's functionalization tries in-place operators on meta tensors, to see whether the shapes fit. Nobody else
+// excludes these keys while a level is open.
+bool is_shape_check() {
+  constexpr auto excluded = c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+  return c10::impl::tls_local_dispatch_key_set().excluded_.has_all(excluded);
+}
+
 }  // namespace
 
 void front(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   auto* level = current_level();
-  if (level == nullptr) {
+  if (level == nullptr || is_shape_check()) {
     const auto n = count_arguments(op);
     replace_tensors(stack->data() + stack->size() - n, n, strip_closed_levels);
     c10::impl::ExcludeDispatchKeyGuard past_the_door(kFront);

@@ -6,6 +6,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/intrusive_ptr.h>
 
+#include <memory>
+#include <optional>
+
 namespace c10 {
 class OperatorHandle;
 }
@@ -100,6 +103,20 @@ class RunBelow {
   Level* saved_level_;
   c10::impl::LocalDispatchKeySet saved_keys_;
   AutogradModes saved_modes_;
+};
+
+// Runs the enclosed code one level below `level`, from any level further in. If it is closed, runs it where it is.
+class RunBelowAll {
+ public:
+  explicit RunBelowAll(const Level& level) {
+    if (!is_active(&level)) return;
+    below_.emplace(*current_level());
+    further_ = std::make_unique<RunBelowAll>(level);
+  }
+
+ private:
+  std::optional<RunBelow> below_;
+  std::unique_ptr<RunBelowAll> further_;
 };
 
 // Runs the enclosed code at the level that a `RunBelow` left, for functions that use its tensors. Nothing but that may

@@ -35,6 +35,18 @@ Wrapper::Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device d
   set_sizes_and_strides(sizes, strides, c10::SymInt(0));
 }
 
+Wrapper::Wrapper(at::Tensor value, LevelPtr level, at::Tensor functional, const c10::VariableVersion& version)
+    : TensorImpl(c10::DispatchKeySet(kFront), value.dtype(), value.device()),
+      value_(std::move(value)),
+      level_(std::move(level)),
+      bdim_(kNoBatchDim),
+      functional_(std::move(functional)) {
+  copy_keys_from_value();
+  // A write makes a new value, and is not one into the old one.
+  set_version_counter(version);
+  refresh();
+}
+
 Wrapper::~Wrapper() = default;
 
 // What is the same for all examples can be read as outside, by .numpy() and .tolist().
@@ -102,6 +114,7 @@ at::Tensor zeros_of_each_example(Level* level, std::vector<c10::SymInt> sizes, c
 }  // namespace
 
 const at::Tensor& Wrapper::value() const {
+  if (C10_UNLIKELY(functional_.defined())) const_cast<Wrapper*>(this)->follow_memory();
   if (C10_UNLIKELY(is_symbolic_zero())) {
     value_ = zeros_of_each_example(level_->parent(), sym_sizes().vec(),
                                    c10::TensorOptions().dtype(dtype()).device(device()));

@@ -25,11 +25,14 @@ class Wrapper final : public c10::TensorImpl {
   mutable at::Tensor value_;
   LevelPtr level_;
   int64_t bdim_;
+  at::Tensor functional_;
 
  public:
   Wrapper(at::Tensor value, LevelPtr level, int64_t bdim);
   // A symbolic zero.
   Wrapper(c10::SymIntArrayRef sizes, c10::ScalarType dtype, c10::Device device, LevelPtr level);
+  // Of a functionalize level.
+  Wrapper(at::Tensor value, LevelPtr level, at::Tensor functional, const c10::VariableVersion& version);
   ~Wrapper() override;
 
   const at::Tensor& value() const;
@@ -37,9 +40,11 @@ class Wrapper final : public c10::TensorImpl {
   int64_t bdim() const { return bdim_; }
   Level* level() const { return level_.get(); }
   // Whether all examples of a vmap have this value.
-  bool is_shared() const { return bdim_ == kNoBatchDim && !level_->differentiates(); }
+  bool is_shared() const { return bdim_ == kNoBatchDim && !level_->differentiates() && !functional_.defined(); }
   // A tangent known to be zero: the value is made only if somebody asks for it, and then it may be written into.
   bool is_symbolic_zero() const { return !value_.defined(); }
+  // At a functionalize level: PyTorch's functional tensor, which knows what was written into the memory.
+  const at::Tensor& functional() const { return functional_; }
 
   // Follows an operator that changed the value's metadata in place.
   void refresh();
@@ -60,6 +65,8 @@ class Wrapper final : public c10::TensorImpl {
   void shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl) override;
 
  private:
+  // Takes the value that the functional tensor has now.
+  void follow_memory();
   void copy_keys_from_value();
   void share_storage();
 };

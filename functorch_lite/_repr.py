@@ -14,6 +14,15 @@ _plain_str: Callable[..., str] = torch._tensor_str._str
 _plain_format: Callable[[Tensor, str], str] = Tensor.__format__
 
 
+_NAMES = {
+    "vmap": "BatchedTensor",
+    "grad": "GradTensor",
+    "jvp": "DualTensor",
+    "checkpoint": "TapeTensor",
+    "functionalize": "FunctionalTensor",
+}
+
+
 def describe(tensor: Tensor) -> str | None:
     """The nesting of a wrapper, outermost level last to be opened first; None for a plain tensor."""
     description = _C.describe(tensor)
@@ -22,7 +31,7 @@ def describe(tensor: Tensor) -> str | None:
     kind, level, is_open, batch_dim, value = description
     if kind == "vmap" and batch_dim is None:  # the same for all examples
         return describe(value)
-    name = {"vmap": "BatchedTensor", "grad": "GradTensor", "jvp": "DualTensor", "checkpoint": "TapeTensor"}[kind]
+    name = _NAMES[kind]
     parts = [f"level={level}" if is_open else "level closed"]
     if batch_dim is not None:
         parts += [f"batch_dim={batch_dim}", f"batch_size={value.shape[batch_dim]}", f"shape={tuple(tensor.shape)}"]

@@ -1,0 +1,133 @@
+"""Which forward nodes to save so that the backward pass can compute the others again: minimum cuts.
+
+The network has two vertices for each forward node, "known at the end of the forward pass" and "known in the backward
+pass". A cut tells for each node on which side of it each vertex is, and costs
+
+- the bytes of a node that is known in the forward pass and has to be carried over to be known in the backward pass;
+- the work of a node that is known in the backward pass without being carried over, at a rate;
+- nothing otherwise: nobody needs the node.
+
+What comes from outside, and numbers, are known everywhere and are not in the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from torch import fx
+from torch._ops import HigherOrderOperator
+
+from functorch_lite.compile import _costs, _nodes, _partition_checks
+from functorch_lite.compile._config import config
+from functorch_lite.compile._joint import Joint
+from functorch_lite.compile._minimum_cut import INFINITE, Network
+
+# Work counts this many times, and the more the later a node is: of equals the first ones are computed again. These
+# are read last, when the backward pass has freed most of what was saved.
+_WORK_UNIT = 1024
+_LATER = 64
+
+_KNOWN = ("placeholder", "get_attr")
+
+
+class _Cut(NamedTuple):
+    saved: list[fx.Node]
+    nbytes: int
+    work: int
+
+
+def saved_within(budget: float, joint: Joint, recomputable_ops: Collection[Callable[..., Any]] | None) -> list[fx.Node]:
+    """The nodes to save for a memory budget, as `min_cut_rematerialization_partition` defines it."""
+    network = _Rematerialization(joint, recomputable_ops)
+    rate = Fraction(1, config.work_for_a_byte * _WORK_UNIT)
+    plain = network.cut(rate, only_cheap=True)
+    if budget == 1:
+        return plain.saved
+    limit = Fraction(budget) * plain.nbytes
+    small = network.cut(Fraction(0))
+    large = network.cut(rate)
+    if large.nbytes <= limit:
+        return large.saved
+    # Walk down the lower hull of all cuts, by the rate at which both ends would do, to the last corner that fits.
+    while small.nbytes <= limit:
+        rate = Fraction(large.nbytes - small.nbytes, small.work - large.work)
+        between = network.cut(rate)
+        if between.nbytes + rate * between.work == small.nbytes + rate * small.work:
+            break
+        if between.nbytes <= limit:
+            small = between
+        else:
+            large = between
+    return small.saved
+
+
+class _Rematerialization:
+    """The network of a joint graph."""
+
+    def __init__(self, joint: Joint, recomputable_ops: Collection[Callable[..., Any]] | None) -> None:
+        self._recomputable_ops = recomputable_ops
+        self._written = _nodes.written_bases(joint.module.graph)
+        self._read = [node for node in joint.read_by_backward() if self._is_unknown(node)]
+        place = {node: place for place, node in enumerate(joint.module.graph.nodes)}
+        self._nbytes: dict[fx.Node, int] = {}
+        self._work: dict[fx.Node, int] = {}
+        self._inputs: dict[fx.Node, list[fx.Node]] = {}
+        self._fixed: set[fx.Node] = set()  # never computed again, so what they are computed of is of no interest
+        todo = list(self._read)
+        while todo:
+            node = todo.pop()
+            if node in self._inputs:
+                continue
+            is_savable = _nodes.is_tensor(node) and not _nodes.is_view(node)
+            self._nbytes[node] = _costs.nbytes(node) if is_savable else INFINITE
+            work = _costs.work(node)
+            self._work[node] = work * _WORK_UNIT + work * _LATER * place[node] // len(place)
+            if not self._is_recomputable(node):
+                self._fixed.add(node)
+            inputs = [] if node in self._fixed else node.all_input_nodes
+            self._inputs[node] = [one for one in inputs if self._is_unknown(one)]
+            todo += self._inputs[node]
+        self._dear = {node for node in self._inputs if not self._is_cheap(node)}
+
+    def cut(self, rate: Fraction, only_cheap: bool = False) -> _Cut:
+        """The minimum cut at a rate of bytes for work."""
+        network = Network()
+        fixed = self._fixed | self._dear if only_cheap else self._fixed
+        before = {node: network.vertex() for node in self._inputs}
+        after = {node: network.vertex() for node in self._inputs}
+        for node, inputs in self._inputs.items():
+            work = INFINITE if node in fixed else self._work[node] * rate.numerator
+            network.edge(network.SOURCE, before[node], work)
+            network.edge(before[node], after[node], min(INFINITE, self._nbytes[node] * rate.denominator))
+            for one in inputs:
+                network.edge(after[one], before[node], INFINITE)
+        for node in self._read:
+            network.edge(after[node], network.SINK, INFINITE)
+        side = network.minimum_cut()
+        if side is None:
+            _partition_checks.refuse_unsavable(next(filter(self._is_stuck, self._fixed)))
+        saved = [node for node in self._inputs if after[node] in side and before[node] not in side]
+        work_again = sum(self._work[node] for node in self._inputs if before[node] in side)
+        return _Cut(saved, sum(self._nbytes[node] for node in saved), work_again)
+
+    def _is_unknown(self, node: fx.Node) -> bool:
+        return node.op not in _KNOWN and not _nodes.is_number(node)
+
+    def _is_recomputable(self, node: fx.Node) -> bool:
+        if _nodes.is_ordered(node) or isinstance(node.target, HigherOrderOperator):
+            return False
+        if _costs.is_among(node, config.never_recompute):
+            return False
+        return not any(_nodes.base_of(one) in self._written for one in (node, *node.all_input_nodes))
+
+    def _is_cheap(self, node: fx.Node) -> bool:
+        if _nodes.is_view(node) or _nodes.is_getitem(node):
+            return True
+        if self._recomputable_ops is None:
+            return _costs.is_cheap(node)
+        return _costs.is_among(node, self._recomputable_ops)
+
+    def _is_stuck(self, node: fx.Node) -> bool:
+        return self._nbytes[node] == INFINITE and not all(map(_nodes.is_getitem, node.users))
