@@ -149,12 +149,12 @@ def observe(case: Case, func: Callable[..., Any], at: Circumstance) -> Observati
     """Call ``func``, which is the case's function in some form, and note everything that can be seen from outside."""
     torch.manual_seed(at.seed)
     leaves = list(case.leaves(at.size))
-    differentiable = [x for x in _tensors(leaves) if x.dtype.is_floating_point or x.is_complex()]
+    differentiable = [x for x in tensors_of(leaves) if x.dtype.is_floating_point or x.is_complex()]
     for x in differentiable:
         x.requires_grad_(at.requires_grad)
     before = [x.detach().clone() for x in case.captured]
     args = case.arguments(*leaves)
-    inputs = _tensors(args)
+    inputs = tensors_of(args)
     versions = [x._version for x in inputs]
     try:
         with torch.set_grad_enabled(at.grad_mode):
@@ -163,11 +163,11 @@ def observe(case: Case, func: Callable[..., Any], at: Circumstance) -> Observati
                 case.after(output)
         seen = _outputs(output, inputs)
         for i, (x, version) in enumerate(zip(inputs, versions, strict=True)):
-            seen |= _described(f"input {i}", x)
+            seen |= described(f"input {i}", x)
             seen[f"input {i}, is written"] = x._version > version
             seen[f"input {i}, has a grad_fn"] = x.grad_fn is not None
         for i, x in enumerate(case.captured):
-            seen |= _described(f"captured {i}", x)
+            seen |= described(f"captured {i}", x)
         seen["random state"] = torch.get_rng_state()
         sources = [*differentiable, *(x for x in case.captured if x.requires_grad)]
         results = [y for y in [*_chosen(output, case.used), *inputs] if at.grad_mode and y.requires_grad]
@@ -179,16 +179,18 @@ def observe(case: Case, func: Callable[..., Any], at: Circumstance) -> Observati
     return seen
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors of a structure."""
     return [x for x in _pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _chosen(output: Any, used: Sequence[int] | None) -> list[Tensor]:
-    outputs = _tensors(output)
+    outputs = tensors_of(output)
     return outputs if used is None else [outputs[i] for i in used]
 
 
-def _described(name: str, x: Any) -> Observation:
+def described(name: str, x: Any) -> Observation:
+    """A tensor, or another leaf of a structure, under this name."""
     if not isinstance(x, Tensor):
         return {name: x, f"{name}, type": type(x)}
     return {
@@ -211,7 +213,7 @@ def _outputs(output: Any, inputs: Sequence[Tensor]) -> Observation:
     earlier = {f"input {i}": x for i, x in enumerate(inputs)}
     for i, y in enumerate(leaves):
         name = f"output {i}"
-        seen |= _described(name, y)
+        seen |= described(name, y)
         if not isinstance(y, Tensor):
             continue
         seen[f"{name}, is"] = [other for other, x in earlier.items() if x is y]
@@ -242,20 +244,27 @@ def same(actual: Any, expected: Any, tolerance: float = 0.0) -> bool:
         return type(actual) is type(expected) and actual == expected
     if not isinstance(actual, Tensor) or (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return False
-    if tolerance and expected.numel():
+    if tolerance and expected.numel() and (expected.is_floating_point() or expected.is_complex()):
         sizes = expected.abs()
         tolerance *= torch.finfo(expected.dtype).eps * sizes[sizes.isfinite()].amax().item()
     return torch.allclose(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def compared(actual: Observation, expected: Observation) -> Iterator[str]:
+def of_gradients(key: str) -> float:
+    """The tolerance of one call."""
+    return SUMMED if key.startswith("gradient") else 0.0
+
+
+def compared(
+    actual: Observation, expected: Observation, tolerance: Callable[[str], float] = of_gradients
+) -> Iterator[str]:
     """In words, what differs."""
     for key in [*expected, *(key for key in actual if key not in expected)]:
         if key not in actual:
             yield f"{key} is missing"
         elif key not in expected:
             yield f"{key} is {_short(actual[key])}, and eager has none"
-        elif not same(actual[key], expected[key], SUMMED if key.startswith("gradient") else 0.0):
+        elif not same(actual[key], expected[key], tolerance(key)):
             yield f"{key} is {_short(actual[key])}, expected {_short(expected[key])}"
 
 
