@@ -185,6 +185,12 @@ const at::Tensor& innermost_value(const at::Tensor& tensor) {
   return *result;
 }
 
+bool is_batched(const at::Tensor& tensor) {
+  const auto* wrapper = as_wrapper(tensor);
+  if (wrapper == nullptr || wrapper->is_symbolic_zero()) return false;
+  return wrapper->bdim() != kNoBatchDim || is_batched(wrapper->value());
+}
+
 bool have_one_storage(const at::Tensor& a, const at::Tensor& b) {
   const auto& memory_a = innermost_value(a);
   const auto& memory_b = innermost_value(b);

@@ -25,6 +25,7 @@ _SPLIT_ADVICE = (
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    args = _tree.captured(args)
     # What a backward pass saved are wrappers of a level that is closed by now.
     args = tuple(_C.strip_closed_levels(arg) if isinstance(arg, Tensor) and _C.is_wrapper(arg) else arg for arg in args)
     if _C.current_level() is None or _belongs_to_an_operator(cls):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -19,8 +21,35 @@ LEAF = pytree.tree_flatten(0)[1]
 _FLAT_SPECS: dict[tuple[type, int], Spec] = {}
 
 
+#: While a function is traced by functorch_lite.compile, in its thread: what takes the place of a tensor from outside.
+_capture: dict[int, Callable[[Any], Any]] = {}
+
+
+@contextmanager
+def capturing(capture: Callable[[Any], Any]) -> Iterator[None]:
+    """In the enclosed code `captured` applies ``capture``."""
+    thread = threading.get_ident()
+    before = _capture.get(thread)
+    _capture[thread] = capture
+    try:
+        yield
+    finally:
+        if before is None:
+            del _capture[thread]
+        else:
+            _capture[thread] = before
+
+
+def captured(tree: Any) -> Any:
+    """What a traced function is to use in the place of ``tree``; outside of a trace that itself."""
+    capture = _capture.get(threading.get_ident()) if _capture else None
+    return tree if capture is None else capture(tree)
+
+
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Leaves and structure. A tensor, or a tuple or list of tensors, does not go through the general machinery."""
+    if _capture:
+        tree = captured(tree)
     if isinstance(tree, Tensor):
         return [tree], LEAF
     kind = type(tree)

@@ -20,11 +20,14 @@ class Config:
             such as ``torch.ops.aten.mm.default``, or packets such as ``torch.ops.aten.mm``.
         work_for_a_byte: How many bytes the backward pass may move to have one byte less to be saved, while the
             budget is 1.
+        longest_chain: How many nodes in a row the backward pass may compute again, while the budget is 1. All of
+            them are in memory at a time.
     """
 
     memory_budget: float = 1.0
     never_recompute: frozenset[Callable[..., Any]] = frozenset()
     work_for_a_byte: int = 16
+    longest_chain: int = 32
 
     @contextmanager
     def patch(self, **changes: Any) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Joint:
         returned = _nodes.returned(module.graph)
         _partition_checks.check_num_fwd_outputs(num_fwd_outputs, len(returned))
         for node in module.graph.nodes:
-            if node.op == "call_function" and "val" not in node.meta:
+            if node.op == "call_function" and node.users and "val" not in node.meta:
                 _partition_checks.refuse_missing_value(node)
         outputs, gradients = returned[:num_fwd_outputs], returned[num_fwd_outputs:]
         ordered = [node for node in module.graph.nodes if _nodes.is_ordered(node)]
@@ -60,7 +60,7 @@ class Joint:
 
     def split(self, chosen: Iterable[fx.Node]) -> Modules:
         """Make the two modules. The nodes ``chosen`` are saved, or their bases, if the backward pass needs them."""
-        tensors, numbers = self._saved({_nodes.base_of(node) for node in chosen})
+        tensors, numbers = self.saved(chosen)
         saved = [*tensors, *dict.fromkeys(numbers.values())]
         kept = _ancestors([*self.outputs, *saved])
         kept.update(node for node in self.live & self.forward if _nodes.is_ordered(node))
@@ -75,8 +75,9 @@ class Joint:
             backward.module(self.module, self.backward(), self.gradients),
         )
 
-    def _saved(self, chosen: Collection[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
-        """The tensors to be saved, and for each number that is needed the one to be saved in its place."""
+    def saved(self, chosen: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
+        """The tensors that `split` saves, and for each number that is needed the one that is saved in its place."""
+        bases = {_nodes.base_of(node) for node in chosen}
         tensors: dict[fx.Node, None] = {}
         numbers: dict[fx.Node, fx.Node] = {}
         first: dict[Hashable, fx.Node] = {}
@@ -88,7 +89,7 @@ class Joint:
                 numbers[node] = first.setdefault(_nodes.expression(node), node)
             elif node.op == "placeholder":
                 tensors[node] = None
-            elif node in chosen and node.op != "get_attr":
+            elif node in bases and node.op != "get_attr":
                 if not _nodes.is_tensor(node):
                     _partition_checks.refuse_unsavable(node)
                 tensors[node] = None

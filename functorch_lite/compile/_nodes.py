@@ -111,8 +111,10 @@ def layout(value: Any) -> Hashable:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    """All arguments by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return {**defaults, **dict(zip([argument.name for argument in schema], node.args, strict=False)), **node.kwargs}
 
 
 def _has_effects(node: fx.Node) -> bool:

@@ -34,6 +34,7 @@ _KNOWN = ("placeholder", "get_attr")
 
 class _Cut(NamedTuple):
     saved: list[fx.Node]
+    again: list[fx.Node]  # those that are computed again
     nbytes: int
     work: int
 
@@ -41,13 +42,12 @@ class _Cut(NamedTuple):
 def saved_within(budget: float, joint: Joint, recomputable_ops: Collection[Callable[..., Any]] | None) -> list[fx.Node]:
     """The nodes to save for a memory budget, as `min_cut_rematerialization_partition` defines it."""
     network = _Rematerialization(joint, recomputable_ops)
-    rate = Fraction(1, config.work_for_a_byte * _WORK_UNIT)
-    plain = network.cut(rate, only_cheap=True)
+    plain = network.cheap_cut()
     if budget == 1:
         return plain.saved
     limit = Fraction(budget) * plain.nbytes
     small = network.cut(Fraction(0))
-    large = network.cut(rate)
+    large = network.cut(Fraction(INFINITE))
     if large.nbytes <= limit:
         return large.saved
     # Walk down the lower hull of all cuts, by the rate at which both ends would do, to the last corner that fits.
@@ -68,9 +68,12 @@ class _Rematerialization:
 
     def __init__(self, joint: Joint, recomputable_ops: Collection[Callable[..., Any]] | None) -> None:
         self._recomputable_ops = recomputable_ops
+        if recomputable_ops is not None:
+            ordered = [node for node in joint.module.graph.nodes if _nodes.is_ordered(node)]
+            _partition_checks.check_recomputable(n.target for n in ordered if _costs.is_among(n, recomputable_ops))
         self._written = _nodes.written_bases(joint.module.graph)
         self._read = [node for node in joint.read_by_backward() if self._is_unknown(node)]
-        place = {node: place for place, node in enumerate(joint.module.graph.nodes)}
+        self._place = {node: place for place, node in enumerate(joint.module.graph.nodes)}
         self._nbytes: dict[fx.Node, int] = {}
         self._work: dict[fx.Node, int] = {}
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
@@ -83,7 +86,7 @@ class _Rematerialization:
             is_savable = _nodes.is_tensor(node) and not _nodes.is_view(node)
             self._nbytes[node] = _costs.nbytes(node) if is_savable else INFINITE
             work = _costs.work(node)
-            self._work[node] = work * _WORK_UNIT + work * _LATER * place[node] // len(place)
+            self._work[node] = work * _WORK_UNIT + work * _LATER * self._place[node] // len(self._place)
             if not self._is_recomputable(node):
                 self._fixed.add(node)
             inputs = [] if node in self._fixed else node.all_input_nodes
@@ -91,14 +94,21 @@ class _Rematerialization:
             todo += self._inputs[node]
         self._dear = {node for node in self._inputs if not self._is_cheap(node)}
 
-    def cut(self, rate: Fraction, only_cheap: bool = False) -> _Cut:
-        """The minimum cut at a rate of bytes for work."""
+    def cheap_cut(self) -> _Cut:
+        """The minimum cut that computes only cheap nodes again, and no long chains of them."""
+        rate = Fraction(1, config.work_for_a_byte * _WORK_UNIT)
+        fixed = self._fixed | self._dear
+        ends = self._ends_of_chains(self.cut(rate, fixed).again)
+        return self.cut(rate, fixed | ends)
+
+    def cut(self, rate: Fraction, fixed: Collection[fx.Node] | None = None) -> _Cut:
+        """The minimum cut at a rate of bytes for work, where the ``fixed`` nodes are never computed again."""
         network = Network()
-        fixed = self._fixed | self._dear if only_cheap else self._fixed
+        fixed = self._fixed if fixed is None else fixed
         before = {node: network.vertex() for node in self._inputs}
         after = {node: network.vertex() for node in self._inputs}
         for node, inputs in self._inputs.items():
-            work = INFINITE if node in fixed else self._work[node] * rate.numerator
+            work = INFINITE if node in fixed else min(INFINITE, self._work[node] * rate.numerator)
             network.edge(network.SOURCE, before[node], work)
             network.edge(before[node], after[node], min(INFINITE, self._nbytes[node] * rate.denominator))
             for one in inputs:
@@ -109,8 +119,23 @@ class _Rematerialization:
         if side is None:
             _partition_checks.refuse_unsavable(next(filter(self._is_stuck, self._fixed)))
         saved = [node for node in self._inputs if after[node] in side and before[node] not in side]
-        work_again = sum(self._work[node] for node in self._inputs if before[node] in side)
-        return _Cut(saved, sum(self._nbytes[node] for node in saved), work_again)
+        again = [node for node in self._inputs if before[node] in side]
+        return _Cut(saved, again, sum(map(self._nbytes.__getitem__, saved)), sum(map(self._work.__getitem__, again)))
+
+    def _ends_of_chains(self, again: list[fx.Node]) -> set[fx.Node]:
+        """The nodes to save so that no chain of nodes that are computed again is too long.
+
+        All nodes of a chain live at a time when the backward pass reads the last one first.
+        """
+        length: dict[fx.Node, int] = {}
+        ends = set()
+        for node in sorted(again, key=self._place.__getitem__):
+            own = 0 if self._work[node] == 0 else 1
+            length[node] = own + max((length.get(one, 0) for one in self._inputs[node]), default=0)
+            if length[node] > config.longest_chain:
+                ends.add(node)
+                length[node] = 0
+        return ends
 
     def _is_unknown(self, node: fx.Node) -> bool:
         return node.op not in _KNOWN and not _nodes.is_number(node)

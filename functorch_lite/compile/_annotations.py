@@ -1,0 +1,120 @@
+"""Where the nodes of a traced graph come from: source lines, modules, and the pass in which they ran."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_LIBRARIES = (_PACKAGE, os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
+
+#: On nodes that ran during the backward pass.
+BACKWARD_TAG = "is_backward"
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether the node was traced during the backward pass."""
+    return node.meta.get("partitioner_tag") == BACKWARD_TAG
+
+
+class Annotations(TorchDispatchMode):
+    """Marks nodes while they are traced. A node of the backward pass has the source of the forward node it belongs to.
+
+    Autograd numbers the operations of the forward pass, and its nodes remember their number: that tells which belongs
+    to which.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: ModuleStack) -> None:
+        super().__init__()
+        self._graph, self._modules = graph, modules
+        self._sources: dict[int, dict[str, Any]] = {}
+        self._seen = len(graph.nodes)
+        self.in_backward = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if len(self._graph.nodes) > self._seen:
+            self._mark(self._meta())
+        return result
+
+    def _mark(self, meta: dict[str, Any]) -> None:
+        node = self._graph._root.prev
+        for _ in range(len(self._graph.nodes) - self._seen):
+            node.meta.update(meta)
+            node = node.prev
+        self._seen = len(self._graph.nodes)
+
+    def _meta(self) -> dict[str, Any]:
+        if self.in_backward:
+            running = torch._C._current_autograd_node()
+            source = self._sources.get(running._sequence_nr(), {}) if running is not None else {}
+            return {**source, "partitioner_tag": BACKWARD_TAG}
+        meta: dict[str, Any] = {}
+        if trace := _user_stack():
+            meta["stack_trace"] = trace
+        if self._modules.current:
+            meta["nn_module_stack"] = dict(self._modules.current)
+        # The operator that is running took its number before it came here.
+        self._sources.setdefault(torch.autograd._get_sequence_nr() - 1, meta)
+        return meta
+
+
+def _user_stack() -> str:
+    """The frames of user code inside the traced function, innermost last, as a traceback prints them."""
+    lines = []
+    frame = sys._getframe(1)
+    while frame is not None and not (
+        frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_code.co_name == "call_traced"
+    ):
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES):
+            code = linecache.getline(name, frame.f_lineno).strip()
+            lines.append(f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "".join(reversed(lines))
+
+
+class ModuleStack:
+    """The modules that are running, outermost first, and all that have run."""
+
+    def __init__(self) -> None:
+        #: key -> (path, class), the form in which torch.fx keeps it.
+        self.current: dict[str, tuple[str, type]] = {}
+        self._running: list[tuple[nn.Module, str]] = []
+        self.seen: dict[nn.Module, None] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follows all calls of modules in the enclosed code."""
+        before = module_hooks.register_module_forward_pre_hook(self._enter)
+        after = module_hooks.register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        path = type(module).__name__
+        if self._running:
+            parent, parent_path = self._running[-1]
+            names = [name for name, child in parent.named_children() if child is module]
+            path = f"{parent_path}.{names[0] if names else path}"
+        self._running.append((module, path))
+        self.seen[module] = None
+        self.current[str(len(self._running))] = (path, type(module))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.current.pop(str(len(self._running)), None)
+        self._running.pop()

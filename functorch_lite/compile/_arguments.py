@@ -1,0 +1,148 @@
+"""The arguments of one call: which tensors a graph takes, and the key of what a graph depends on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from functorch_lite import _C
+
+#: Devices whose autocast state a graph depends on.
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+class Arguments:
+    """The leaves of the arguments. A tensor that is passed twice is one tensor."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.tensors: list[Tensor] = []
+        #: For each leaf: the number of its tensor, or None.
+        self.places: list[int | None] = []
+        #: For each leaf: None for a tensor.
+        self.statics: list[Any] = []
+        numbers: dict[int, int] = {}
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                number = numbers.setdefault(id(leaf), len(self.tensors))
+                if number == len(self.tensors):
+                    self.tensors.append(leaf)
+                self.places.append(number)
+                self.statics.append(None)
+            else:
+                self.places.append(None)
+                self.statics.append(leaf)
+
+    def template(self) -> Arguments:
+        """The same without the tensors, which it would keep alive."""
+        result = copy.copy(self)
+        result.tensors = []
+        return result
+
+    def filled(self, tensors: Sequence[Any]) -> list[Any]:
+        """The leaves with other tensors."""
+        return [
+            static if place is None else tensors[place]
+            for place, static in zip(self.places, self.statics, strict=True)
+        ]
+
+    def shared(self) -> list[list[int]]:
+        """Groups of tensors that lie in one memory."""
+        if len(self.tensors) < 2:
+            return []
+        groups: dict[int, list[int]] = {}
+        for i, tensor in enumerate(self.tensors):
+            if tensor.layout == torch.strided and not _C.is_wrapper(tensor):
+                groups.setdefault(tensor.untyped_storage()._cdata, []).append(i)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def key(self, describe: Callable[[int, Tensor], Any], shared: list[list[int]]) -> Any:
+        """What a graph for these arguments depends on, beside the structure."""
+        return (
+            tuple(self.places),
+            tuple(_static_key(static) for static in self.statics),
+            tuple(describe(i, tensor) for i, tensor in enumerate(self.tensors)),
+            tuple(map(tuple, shared)),
+            modes(),
+        )
+
+
+def modes() -> Any:
+    """The global state that a trace depends on."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        *(
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            for device in _AUTOCAST_DEVICES
+        ),
+    )
+
+
+def layout_key(tensor: Tensor) -> Any:
+    """What a graph depends on beside sizes."""
+    return (
+        type(tensor),
+        tensor.dtype,
+        tensor.device,
+        tensor.layout,
+        tensor.requires_grad,
+        tensor.is_leaf,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def static_shape_key(tensor: Tensor) -> Any:
+    """All sizes, exactly."""
+    return tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
+
+
+def dynamic_shape_key(tensor: Tensor) -> Any:
+    """Sizes 0 and 1, which are never symbols; the guards of a graph speak of the others."""
+    return tuple(size if size < 2 else -1 for size in tensor.shape), _order(tensor)
+
+
+def _order(tensor: Tensor) -> Any:
+    strides = tensor.stride()
+    return tensor.is_contiguous() or tuple(sorted(range(tensor.dim()), key=lambda i: (-strides[i], i)))
+
+
+def _static_key(static: Any) -> Any:
+    kind = type(static)
+    if static is None or kind in (bool, int, str):
+        return kind, static
+    if kind in (float, complex):
+        return kind, repr(static)  # 0.0 and -0.0 are equal
+    return kind, static
+
+
+def names(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """A name for each leaf of the arguments, after the parameters of the user's function."""
+    result = []
+    for name, arg in [*zip(_positional_names(function, len(args)), args, strict=True), *kwargs.items()]:
+        result += [identifier(f"{name}{pytree.keystr(path)}") for path, _ in pytree.tree_flatten_with_path(arg)[0]]
+    return result
+
+
+def _positional_names(function: Callable[..., Any], count: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    found = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+    rest = next((p.name for p in parameters if p.kind == p.VAR_POSITIONAL), "arg")
+    return found + [f"{rest}_{i}" for i in range(count - len(found))]
+
+
+def identifier(path: str, otherwise: str = "arg") -> str:
+    """``params['layer.weight'][0]`` as ``params_layer_weight_0``; ``otherwise`` if nothing is left."""
+    return re.sub(r"\W+", "_", path).strip("_") or otherwise

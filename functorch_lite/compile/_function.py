@@ -1,0 +1,179 @@
+"""Compiled functions: the cache of their graphs, and calls of them inside transforms."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from functorch_lite import _C
+from functorch_lite.compile import _arguments, _bases, _levels, _trace
+from functorch_lite.compile._arguments import Arguments
+from functorch_lite.compile._specialization import Options, Specialization
+
+#: From leaves and their structure to leaves and the structure of the output.
+LeavesFunction = Callable[[list[Any], Any], tuple[list[Any], Any]]
+
+_all: weakref.WeakSet[CompiledLeaves] = weakref.WeakSet()
+_compilations = 0
+
+
+def clear_compile_cache() -> None:
+    """Forget the graphs of all compiled functions, which are compiled again when they are next called.
+
+    Example:
+        >>> from functorch_lite.compile import clear_compile_cache, num_of_recompilations
+        >>> clear_compile_cache()
+        >>> num_of_recompilations()
+        0
+    """
+    global _compilations
+    _compilations = 0
+    for compiled in list(_all):
+        compiled.clear()
+
+
+def num_of_recompilations() -> int:
+    """How many graphs (pairs of them where there is a backward pass) have been compiled since the cache was cleared.
+
+    Example:
+        >>> import torch
+        >>> from functorch_lite.compile import aot_function, clear_compile_cache, nop, num_of_recompilations
+        >>> clear_compile_cache()
+        >>> f = aot_function(torch.sin, nop)
+        >>> f(torch.ones(2)), f(torch.zeros(2)), f(torch.ones(3))
+        (tensor([0.8415, 0.8415]), tensor([0., 0.]), tensor([0.8415, 0.8415, 0.8415]))
+        >>> num_of_recompilations()
+        2
+    """
+    return _compilations
+
+
+class CompiledLeaves:
+    """A function of leaves, and its graphs by what they depend on."""
+
+    def __init__(self, function: LeavesFunction, options: Options, static_inputs: int = 0) -> None:
+        self.function, self.options, self._static_inputs = function, options, static_inputs
+        self._entries: dict[Any, list[_Entry]] = {}
+        #: The function under transforms, by the transform.
+        self.derived: dict[Hashable, CompiledLeaves] = {}
+        _all.add(self)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._entries.clear()
+        self.derived.clear()
+
+    def call(self, leaves: list[Any], structure: Any, names: Callable[[], list[str]]) -> tuple[list[Any], Any]:
+        """The leaves of the output and their structure, at the innermost level."""
+        if _is_traced(leaves):
+            return self.function(leaves, structure)
+        if _C.current_level() is not None:
+            return _levels.call(self, leaves, structure, names)
+        arguments = Arguments(leaves)
+        entry = self.find(arguments, structure, names)
+        return entry.run(arguments.tensors), entry.structure
+
+    def find(self, arguments: Arguments, structure: Any, names: Callable[[], list[str]]) -> _Entry:
+        """The graph for certain arguments, which is made if there is none."""
+        shared = arguments.shared()
+        key = (structure, arguments.key(self._describe, shared))
+        entries = self._entries.setdefault(key, [])
+        for entry in entries:
+            if entry.is_valid(arguments.tensors):
+                return entry
+        global _compilations
+        _compilations += 1
+        entries.append(_Entry(self, arguments, structure, names(), shared))
+        return entries[-1]
+
+    def is_dynamic(self, i: int) -> bool:
+        """Whether the sizes of tensor i may be symbols."""
+        return self.options.dynamic and i >= self._static_inputs
+
+    def _describe(self, i: int, tensor: Tensor) -> Any:
+        shape_key = _arguments.dynamic_shape_key if self.is_dynamic(i) else _arguments.static_shape_key
+        return _arguments.layout_key(tensor), shape_key(tensor)
+
+
+class _Entry:
+    """One graph, for certain arguments, and what it depends on beside their key."""
+
+    def __init__(
+        self,
+        compiled: CompiledLeaves,
+        arguments: Arguments,
+        structure: Any,
+        names: Sequence[str],
+        shared: list[list[int]],
+    ) -> None:
+        self._shape_env = ShapeEnv()
+        self.structure: Any = None
+        template = arguments.template()
+
+        def function(tensors: list[Any]) -> list[Any]:
+            leaves, self.structure = compiled.function(template.filled(tensors), structure)
+            return leaves
+
+        by_tensor = dict(zip(arguments.places, names, strict=True))
+        inputs = [
+            _trace.Input(
+                by_tensor[i],
+                tensor,
+                tensor.requires_grad and torch.is_grad_enabled(),
+                tensor.is_leaf,
+                compiled.is_dynamic(i),
+            )
+            for i, tensor in enumerate(arguments.tensors)
+        ]
+        trace = self._traced(function, inputs, compiled.options)
+        self._bases = _bases.find(trace.writes, shared, arguments.tensors)
+        if self._bases is not None:
+            inputs = self._bases.inputs(inputs, arguments.tensors)
+            trace = self._traced(self._bases.function(function), inputs, compiled.options)
+        self._count = len(inputs)
+        self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
+        self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
+        self._training = [(module, module.training) for module in trace.modules.seen]
+        self._owners = [
+            (members, name, tensor)
+            for tensor, _ in self._captured
+            for module in trace.modules.seen
+            for members in (module._parameters, module._buffers)
+            for name, member in members.items()
+            if member is tensor
+        ]
+        self.specialization = Specialization(trace, compiled.options)
+
+    def _traced(self, function: Callable[..., Any], inputs: list[_trace.Input], options: Options) -> _trace.Trace:
+        return _trace.trace(function, inputs, options.decompositions, self._shape_env, options.dynamic)
+
+    def is_valid(self, tensors: list[Tensor]) -> bool:
+        """Whether the graph is right for these, of which the key is that of the entry."""
+        return (
+            all(_captured_key(tensor) == key for tensor, key in self._captured)
+            and all(module.training == training for module, training in self._training)
+            and all(members.get(name) is tensor for members, name, tensor in self._owners)
+            and (self._guards is None or self._shape_env.evaluate_guards_expression(self._guards, tensors))
+        )
+
+    def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
+        """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
+        if self._bases is not None:
+            tensors = self._bases.tensors(tensors)
+        return self.specialization.run(tensors, level)
+
+
+def _captured_key(tensor: Any) -> Any:
+    return _arguments.layout_key(tensor), _arguments.static_shape_key(tensor)
+
+
+def _is_traced(leaves: Sequence[Any]) -> bool:
+    """Whether somebody else traces this call: then the function becomes part of that graph."""
+    level = _C.current_level()
+    return _get_current_dispatch_mode() is not None or (level is not None and _levels.is_inlined(level))

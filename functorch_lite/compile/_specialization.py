@@ -1,0 +1,250 @@
+"""One graph of a function, compiled, and what is done around it at each call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import Function
+
+from functorch_lite import _C, _units
+from functorch_lite.compile import _nodes, _passes, _random
+from functorch_lite.compile._trace import Constant, Run, SameAsInput, Trace, Value, View, Write
+
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How graphs are made and compiled."""
+
+    forward_compiler: Compiler
+    backward_compiler: Compiler
+    inference_compiler: Compiler
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+    decompositions: Mapping[Any, Callable[..., Any]]
+    dynamic: bool
+
+
+class GraphFunction:
+    """A graph and what the compiler has made of it, which runs on plain tensors. Inside vmap, the graph is mapped."""
+
+    def __init__(
+        self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options
+    ) -> None:
+        self._module, self._options = module, options
+        self._inputs = module.graph.find_nodes(op="placeholder")
+        self._compiled = compiler(module, example_inputs)
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        """The outputs of the graph, at a level that does not differentiate."""
+        if _C.current_level() is None:
+            with plainly():
+                return call_compiled(self._compiled, inputs)
+        return self._leaves.call(inputs, None, lambda: [node.name for node in self._inputs])[0]
+
+    @functools.cached_property
+    def _leaves(self) -> Any:
+        from functorch_lite.compile._function import CompiledLeaves
+
+        return CompiledLeaves(lambda leaves, _: (list(self._module(*leaves)), None), self._options)
+
+
+class Specialization:
+    """A trace whose graphs are compiled."""
+
+    def __init__(self, trace: Trace, options: Options) -> None:
+        self.trace, self.options = trace, options
+        trace.graph_module.graph = _passes.simplify(trace.graph_module.graph)
+        self.is_differentiated = bool(trace.differentiated) and any(
+            gradient is not None for gradient in trace.output_nodes()[len(trace.results) :]
+        )
+        self._derivative: Callable[[list[Any]], list[Any]] | None = None
+        if self.is_differentiated:
+            self._compile_both()
+        else:
+            self._compile_inference()
+        self.draws_random_numbers = any(_nodes.is_random(node) for node in trace.graph_module.graph.nodes)
+
+    def _compile_inference(self) -> None:
+        module = self.trace.graph_module
+        output = module.graph.output_node()
+        output.args = (self.trace.output_nodes()[: len(self.trace.results)],)
+        module.graph = _passes.eliminate_dead_code(module.graph)
+        self._forward = self._compiled(self.options.inference_compiler, module, list(self.trace.fakes))
+
+    def _compile_both(self) -> None:
+        trace = self.trace
+        joint_inputs = (list(trace.fakes), list(trace.tangents))
+        forward, backward = self.options.partition(
+            trace.graph_module, joint_inputs, num_fwd_outputs=len(trace.results)
+        )
+        self._keep_from_writes(forward)
+        saved = [_nodes.value_of(node) for node in forward.graph.output_node().args[0][len(trace.results) :]]
+        self._saved_tensors = sum(isinstance(value, Tensor) for value in saved)
+        self._forward = self._compiled(self.options.forward_compiler, forward, list(trace.fakes))
+        inputs = [_nodes.value_of(node) for node in backward.graph.find_nodes(op="placeholder")]
+        self._backward = self._compiled(self.options.backward_compiler, backward, inputs)
+
+    def _keep_from_writes(self, forward: fx.GraphModule) -> None:
+        """Save copies of inputs that will be written once the forward pass is over."""
+        graph = forward.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        written = {placeholders[write.input] for write in self.trace.writes if write.result is not None}
+        if not written:
+            return
+        output = graph.output_node()
+        nodes = list(output.args[0])  # type: ignore[arg-type]
+        with graph.inserting_before(output):
+            for i in range(len(self.trace.results), len(nodes)):
+                if _nodes.base_of(nodes[i]) in written:
+                    copy = graph.call_function(torch.ops.aten.clone.default, (nodes[i],))
+                    copy.meta.update(nodes[i].meta)
+                    nodes[i] = copy
+        output.args = (nodes,)
+        forward.recompile()
+
+    def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
+        """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
+        inputs = [*tensors, *self.captured]
+        if self.is_differentiated:
+            results = _units.plain_apply(_Node, self, level, *inputs)
+        else:
+            with plainly():
+                results = [_own(result) for result in self._forward(list(inputs))]
+        for write in self.trace.writes:
+            _apply(write, inputs[write.input], results)
+        return [self._output(output, inputs, results) for output in self.trace.outputs]
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """The inputs that are no arguments."""
+        return [one.tensor for one in self.trace.inputs if one.tensor is not None]
+
+    def _output(self, output: Any, inputs: list[Any], results: Sequence[Any]) -> Any:
+        if isinstance(output, Value):
+            return results[output.result]
+        if isinstance(output, SameAsInput):
+            return inputs[output.input]
+        if isinstance(output, Constant):
+            return output.value
+        assert isinstance(output, View)
+        base = (inputs if output.of_input else results)[output.base]
+        with torch.set_grad_enabled(output.differentiated and torch.is_grad_enabled()):
+            return output.graph(base, *(results[i] for i in output.integers))
+
+    def forward(self, inputs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Forward results, and saved tensors and integers."""
+        values = self._forward(inputs)
+        count = len(self.trace.results)
+        tensors = count + self._saved_tensors
+        return values[:count], values[count:tensors], values[tensors:]
+
+    def backward(self, saved: Sequence[Tensor], integers: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
+        """The gradients of all inputs."""
+        tangents = [_like_traced(t, fake) for t, fake in zip(tangents, self.trace.tangents, strict=True)]
+        return self._backward([*integers, *saved, *tangents])
+
+    def _compiled(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any]) -> GraphFunction:
+        return GraphFunction(compiler, module, example_inputs, self.options)
+
+    def gradients(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Any]:
+        """The same as a function of inputs and tangents that can be differentiated: traced when first asked for."""
+        if self._derivative is None:
+            from functorch_lite.compile._function import CompiledLeaves
+
+            names = [f"input_{i}" for i in range(len(inputs))] + [f"tangent_{i}" for i in range(len(tangents))]
+            compiled = CompiledLeaves(self._pull_back, self.options)
+            self._derivative = lambda leaves: compiled.call(leaves, None, lambda: names)[0]
+        return self._derivative([*inputs, *tangents])
+
+    def _pull_back(self, leaves: list[Any], _: Any) -> tuple[list[Any], None]:
+        count = len(self.trace.inputs)
+        run = Run(self.trace.function, list(self.trace.inputs), grad_mode=True)
+        with run.storage:
+            run.forward(leaves[:count])
+            return run.backward(leaves[count:]), None
+
+
+class _Node(Function):
+    """The node that autograd records for a compiled function, at a level or outside of all."""
+
+    @staticmethod
+    def forward(ctx: Any, specialization: Specialization, level: _C.AutodiffLevel | None, *inputs: Any) -> Any:
+        """The forward results."""
+        ctx.specialization, ctx.level = specialization, level
+        ctx.generators = _random.states(inputs) if specialization.draws_random_numbers else None
+        if level is None:
+            results, saved, ctx.integers = specialization.forward(list(inputs))
+        else:
+            values = [level.value_of(x) for x in inputs]
+            with _C.Below():
+                results, saved, ctx.integers = specialization.forward(values)
+            results = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
+        results = [_own(result) for result in results]
+        ctx.saved_count = len(saved)
+        ctx.save_for_backward(*saved, *inputs)
+        differentiated = set(specialization.trace.differentiated)
+        ctx.mark_non_differentiable(
+            *(x for i, x in enumerate(results) if isinstance(x, Tensor) and i not in differentiated)
+        )
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradients of the inputs."""
+        specialization = ctx.specialization
+        saved = [_C.strip_closed_levels(x) if _C.is_wrapper(x) else x for x in ctx.saved_tensors]
+        tangents = [grads[i] for i in specialization.trace.differentiated]
+        if torch.is_grad_enabled():
+            with _random.drawn_from(ctx.generators):
+                gradients = specialization.gradients(saved[ctx.saved_count :], tangents)
+        else:
+            gradients = specialization.backward(saved[: ctx.saved_count], ctx.integers, tangents)
+        return (None, None, *gradients)
+
+
+def call_compiled(compiled: Callable[..., Any], inputs: list[Any]) -> list[Any]:
+    """Call what a compiler has returned, in either convention."""
+    results = compiled(inputs) if getattr(compiled, "_boxed_call", False) else compiled(*inputs)
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The enclosed graph records nothing and casts nothing: what was to be cast was when it was traced."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+def _own(result: Any) -> Any:
+    """A result that autograd does not take for a view of something."""
+    return result.detach() if isinstance(result, Tensor) and result._is_view() else result
+
+
+def _apply(write: Write, tensor: Tensor, results: Sequence[Any]) -> None:
+    with torch.set_grad_enabled(write.differentiated and torch.is_grad_enabled()):
+        if write.metadata is not None:
+            tensor.as_strided_(*write.metadata)
+        if write.result is not None:
+            tensor.copy_(results[write.result])
+
+
+def _like_traced(tangent: Tensor, fake: Any) -> Tensor:
+    """The tangent in the memory format that the graph was traced with."""
+    if tangent.stride() == fake.stride():
+        return tangent
+    if fake.is_contiguous():
+        return tangent.contiguous()
+    result = torch.empty_like(tangent, memory_format=torch.contiguous_format)
+    order = sorted(range(fake.dim()), key=lambda i: -fake.stride(i))
+    return result.copy_(tangent) if not order else tangent.permute(order).contiguous().permute(_inverse(order))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
