@@ -22,6 +22,11 @@ Observation = dict[str, Any]
 SUMMED = 8.0
 
 
+def as_it_is(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The compiler that leaves graphs as they are."""
+    return graph
+
+
 @dataclass(frozen=True)
 class Implementation:
     """Who compiles.
@@ -38,15 +43,15 @@ class Implementation:
 
     def function(self, func: Callable[..., Any], min_cut: bool = False, **options: Any) -> Callable[..., Any]:
         """The function compiled, with graphs that run as they are."""
-        return self.api.aot_function(func, self.api.nop, partition_fn=self._partition(min_cut), **options)
+        return self.api.aot_function(func, as_it_is, partition_fn=self._partition(min_cut), **options)
 
     def module(self, module: torch.nn.Module, min_cut: bool = False, **options: Any) -> torch.nn.Module:
         """The module compiled, with graphs that run as they are."""
-        return self.api.aot_module(module, self.api.nop, partition_fn=self._partition(min_cut), **options)
+        return self.api.aot_module(module, as_it_is, partition_fn=self._partition(min_cut), **options)
 
     def module_for(self, module: torch.nn.Module, args: Sequence[Any], min_cut: bool = False) -> Callable[..., Any]:
         """The module compiled for these arguments at once."""
-        return self.api.aot_module_simplified(module, args, self.api.nop, partition_fn=self._partition(min_cut))
+        return self.api.aot_module_simplified(module, args, as_it_is, partition_fn=self._partition(min_cut))
 
     def _partition(self, min_cut: bool) -> Callable[..., Any]:
         api = self.api
@@ -60,7 +65,6 @@ EAGER = Implementation(
         aot_function=lambda func, *_, **__: func,
         aot_module=lambda module, *_, **__: module,
         aot_module_simplified=lambda module, *_, **__: module,
-        nop=None,
         default_partition=None,
         min_cut_rematerialization_partition=None,
     ),
