@@ -2,6 +2,7 @@
 #include "functionalize_level.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 
@@ -31,6 +32,19 @@ at::functionalization::FunctionalStorageImpl& memory_behind(const at::Tensor& fu
 at::Tensor differentiable_copy(const at::Tensor& target, const at::Tensor& source) {
   const auto same_type = at::_to_copy(source, target.options());
   return at::where(at::ones_like(target, at::kBool), same_type, target);
+}
+
+// A Python number that became a tensor for an operator. Nobody writes it, and under fake tensors it is real, which makes
+// it no base for views.
+bool is_number(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->is_wrapped_number() && as_wrapper(tensor) == nullptr;
+}
+
+at::Tensor conjugate_of_number(const at::Tensor& number) {
+  const auto value = *static_cast<const c10::complex<double>*>(number.const_data_ptr());
+  auto result = c10::scalar_to_tensor(std::conj(value));
+  result.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return result;
 }
 
 }  // namespace
@@ -103,6 +117,11 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   constexpr auto kComposite = c10::DispatchKey::CompositeImplicitAutograd;
   const auto n = count_arguments(op);
   replace_tensors(stack.data() + stack.size() - n, n, strip_closed_levels);
+  static const auto conj = find_operator("_conj");
+  if (op == conj && is_number(stack.back().toTensor())) {
+    stack.back() = conjugate_of_number(stack.back().toTensor());
+    return;
+  }
   // As PyTorch does above its own functionalization: a composition may make views, and write.
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, stack);
   // What torch.tensor has made just now looks like a view.

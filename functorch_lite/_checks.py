@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class EscapedTensorError(RuntimeError):
@@ -194,6 +194,12 @@ def check_callable(transform: str, func: Any) -> None:
     """Require a function."""
     if not callable(func):
         refuse_type(f"{transform}: expected a function as first argument, got {type(func).__name__}.")
+
+
+def check_module(called: str, module: Any) -> None:
+    """Require an nn.Module."""
+    if not isinstance(module, nn.Module):
+        refuse_type(f"{called}: expected a module as first argument, got {type(module).__name__}.")
 
 
 #: Transforms that differentiate all arguments of a function, and have no argnums.

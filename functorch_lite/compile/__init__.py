@@ -1,6 +1,10 @@
 """Ahead-of-time autograd: functions and modules as graphs, forward and backward, for any compiler."""
 
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from functorch_lite.compile._backends import make_boxed_compiler, make_boxed_func, nop, print_compile, ts_compile
 from functorch_lite.compile._config import config
+from functorch_lite.compile._decompositions import default_decompositions, get_decompositions
 from functorch_lite.compile._function import clear_compile_cache, num_of_recompilations
 from functorch_lite.compile._partition import default_partition, min_cut_rematerialization_partition
 from functorch_lite.compile._user import aot_function, aot_module, aot_module_simplified
@@ -11,7 +15,15 @@ __all__ = [
     "aot_module_simplified",
     "clear_compile_cache",
     "config",
+    "default_decompositions",
     "default_partition",
+    "get_decompositions",
+    "make_boxed_compiler",
+    "make_boxed_func",
+    "make_fx",
     "min_cut_rematerialization_partition",
+    "nop",
     "num_of_recompilations",
+    "print_compile",
+    "ts_compile",
 ]

@@ -1,8 +1,88 @@
-"""Messages of functorch_lite.compile."""
+"""Validation of what users pass to functorch_lite.compile, and every message they can meet from it."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Hashable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+
+def check_operator(caller: str, operator: Any) -> None:
+    """Require an operator of torch.ops, with or without its overload."""
+    if not isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        raise TypeError(
+            f"{caller}: got {operator!r}, expected operators; name them as in torch.ops.aten.tanh_backward or "
+            f"torch.ops.aten.tanh_backward.default."
+        )
+
+
+def check_has_decomposition(caller: str, operator: Any, found: dict[Any, Any]) -> None:
+    """Require that PyTorch can write an operator with others."""
+    if not found:
+        raise ValueError(
+            f"{caller}: got {operator}, expected operators that torch._decomp.decomposition_table can take apart; "
+            f"leave it out, or put your own function for it into the dict that {caller} returns."
+        )
+
+
+def refuse_torchscript(error: Exception) -> NoReturn:
+    """Raise: a graph has something that TorchScript does not know."""
+    raise NotImplementedError(
+        "ts_compile: got a graph that TorchScript cannot express, for the reason above; compile it with "
+        "functorch_lite.compile.inductor, or run it with nop."
+    ) from error
+
+
+def flat_outputs(caller: str, outputs: Any) -> Sequence[Any]:
+    """What a graph returns, which has to be a list or tuple of values."""
+    if not isinstance(outputs, (list, tuple)):
+        raise TypeError(
+            f"{caller}: got a graph that returns a single value, expected a list or tuple; let the traced function "
+            f"return [result]."
+        )
+    return outputs
+
+
+def refuse_missing_cpp_compiler(error: Exception) -> NoReturn:
+    """Raise: Inductor cannot compile anything."""
+    raise RuntimeError(
+        "inductor: got no C++ compiler on this machine, expected g++ or clang++; install one, name it in the "
+        "environment variable CXX, or run the graph with functorch_lite.compile.nop."
+    ) from error
+
+
+def static_positions(caller: str, fn: Any, argnums: Any) -> tuple[int, ...]:
+    """The sorted positions that ``static_argnums`` names."""
+    given = () if argnums is None else (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(given, (tuple, list)) or not all(type(i) is int and i >= 0 for i in given):
+        raise TypeError(
+            f"{caller}: got static_argnums={argnums!r}, expected positions of arguments; pass an int or a tuple of "
+            f"ints, counted from 0."
+        )
+    if given and isinstance(fn, nn.Module):
+        raise TypeError(
+            f"{caller}: got static_argnums for a module, expected them for a function only; let the module have the "
+            f"values as attributes."
+        )
+    return tuple(sorted(set(given)))
+
+
+def static_values(caller: str, positions: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments at some positions, by which graphs are found again."""
+    if positions[-1] >= len(args):
+        raise ValueError(
+            f"{caller}: got {len(args)} positional arguments, expected one at position {positions[-1]}, which is in "
+            f"static_argnums; pass it by position."
+        )
+    for position in positions:
+        if isinstance(args[position], torch.Tensor) or not isinstance(args[position], Hashable):
+            raise TypeError(
+                f"{caller}: got a {type(args[position]).__name__} as static argument {position}, expected a hashable "
+                f"constant; leave the position out of static_argnums, or pass for example a tuple or a string."
+            )
+    return tuple(args[position] for position in positions)
 
 
 def refuse_shared_memory() -> NoReturn:

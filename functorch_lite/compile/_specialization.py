@@ -64,12 +64,21 @@ class Specialization:
         self.is_differentiated = bool(trace.differentiated) and any(
             gradient is not None for gradient in trace.output_nodes()[len(trace.results) :]
         )
-        self._derivative: Callable[[list[Any]], list[Any]] | None = None
+        self._needed = self._inputs_of_gradients()
         if self.is_differentiated:
             self._compile_both()
         else:
             self._compile_inference()
         self.draws_random_numbers = any(_nodes.is_random(node) for node in trace.graph_module.graph.nodes)
+
+    def _inputs_of_gradients(self) -> list[bool]:
+        """Which inputs the gradients depend on."""
+        reached = set(self.trace.output_nodes()[len(self.trace.results) :])
+        for node in reversed(self.trace.graph_module.graph.nodes):
+            if node in reached:
+                reached.update(node.all_input_nodes)
+        placeholders = self.trace.graph_module.graph.find_nodes(op="placeholder")
+        return [node in reached for node in placeholders[: len(self.trace.inputs)]]
 
     def _compile_inference(self) -> None:
         module = self.trace.graph_module
@@ -153,15 +162,31 @@ class Specialization:
     def _compiled(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any]) -> GraphFunction:
         return GraphFunction(compiler, module, example_inputs, self.options)
 
-    def gradients(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Any]:
-        """The same as a function of inputs and tangents that can be differentiated: traced when first asked for."""
-        if self._derivative is None:
-            from functorch_lite.compile._function import CompiledLeaves
+    def kept(self, inputs: Sequence[Any]) -> list[Tensor | None]:
+        """What to save of the inputs for second derivatives: None where these do not depend on an input."""
+        written = {write.input for write in self.trace.writes}
+        return [
+            None if not needed else x.clone() if i in written else x
+            for i, (x, needed) in enumerate(zip(inputs, self._needed, strict=True))
+        ]
 
-            names = [f"input_{i}" for i in range(len(inputs))] + [f"tangent_{i}" for i in range(len(tangents))]
-            compiled = CompiledLeaves(self._pull_back, self.options)
-            self._derivative = lambda leaves: compiled.call(leaves, None, lambda: names)[0]
-        return self._derivative([*inputs, *tangents])
+    def gradients(
+        self, kept: Sequence[Tensor | None], shapes: Sequence[Any], tangents: Sequence[Tensor]
+    ) -> list[Any]:
+        """The same as a function that can be differentiated, of what was kept of the inputs."""
+        described = zip(kept, shapes, self.trace.fakes, strict=True)
+        inputs = [
+            torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device).zero_() if x is None else x
+            for x, (shape, stride), fake in described
+        ]
+        names = [one.name for one in self.trace.inputs] + [f"tangent_{i}" for i in range(len(tangents))]
+        return self._derivative.call([*inputs, *tangents], None, lambda: names)[0]
+
+    @functools.cached_property
+    def _derivative(self) -> Any:
+        from functorch_lite.compile._function import CompiledLeaves
+
+        return CompiledLeaves(self._pull_back, self.options)
 
     def _pull_back(self, leaves: list[Any], _: Any) -> tuple[list[Any], None]:
         count = len(self.trace.inputs)
@@ -188,7 +213,8 @@ class _Node(Function):
             results = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
         results = [_own(result) for result in results]
         ctx.saved_count = len(saved)
-        ctx.save_for_backward(*saved, *inputs)
+        ctx.save_for_backward(*saved, *specialization.kept(inputs))
+        ctx.shapes = [(x.shape, x.stride()) for x in inputs]
         differentiated = set(specialization.trace.differentiated)
         ctx.mark_non_differentiable(
             *(x for i, x in enumerate(results) if isinstance(x, Tensor) and i not in differentiated)
@@ -199,11 +225,11 @@ class _Node(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """The gradients of the inputs."""
         specialization = ctx.specialization
-        saved = [_C.strip_closed_levels(x) if _C.is_wrapper(x) else x for x in ctx.saved_tensors]
+        saved = [_C.strip_closed_levels(x) if x is not None and _C.is_wrapper(x) else x for x in ctx.saved_tensors]
         tangents = [grads[i] for i in specialization.trace.differentiated]
         if torch.is_grad_enabled():
             with _random.drawn_from(ctx.generators):
-                gradients = specialization.gradients(saved[ctx.saved_count :], tangents)
+                gradients = specialization.gradients(saved[ctx.saved_count :], ctx.shapes, tangents)
         else:
             gradients = specialization.backward(saved[: ctx.saved_count], ctx.integers, tangents)
         return (None, None, *gradients)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -357,7 +358,7 @@ class _TracedRun(Run):
             x = one.tensor
             with self.fake_mode:
                 return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        with torch.no_grad():
+        with torch.no_grad(), unset_fake_temporarily():
             return self.fake_mode.from_tensor(one.tensor.detach(), static_shapes=not one.dynamic, source=source)
 
     def _new_input(self, tensor: Tensor) -> Tensor:
