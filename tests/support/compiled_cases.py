@@ -649,7 +649,7 @@ def autograd_function(x):
     return Square.apply(x, 2.0)
 
 
-@case(arguments=copies)
+@case(arguments=copies, circumstances=["first call", "second call", "other sizes", "no input requires grad"])
 def autograd_function_that_writes(x):
     return WritesItsInput.apply(x), x
 
