@@ -935,7 +935,7 @@ class State(nn.Module):
         self.register_buffer("state", torch.zeros(2, 3))
 
     def forward(self, x):
-        y = self.cell(x, self.state)
+        y = self.cell(x, self.state.clone())
         self.state.copy_(y.detach())
         return y
 
