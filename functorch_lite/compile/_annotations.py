@@ -34,7 +34,7 @@ class Annotations(TorchDispatchMode):
     """
 
     def __init__(self, graph: fx.Graph, modules: ModuleStack) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._graph, self._modules = graph, modules
         self._sources: dict[int, dict[str, Any]] = {}
         self._seen = len(graph.nodes)
@@ -66,7 +66,7 @@ class Annotations(TorchDispatchMode):
         if self._modules.current:
             meta["nn_module_stack"] = dict(self._modules.current)
         # The operator that is running took its number before it came here.
-        self._sources.setdefault(torch.autograd._get_sequence_nr() - 1, meta)
+        self._sources.setdefault(torch._C._autograd._get_sequence_nr() - 1, meta)
         return meta
 
 

@@ -48,8 +48,7 @@ class Arguments:
     def filled(self, tensors: Sequence[Any]) -> list[Any]:
         """The leaves with other tensors."""
         return [
-            static if place is None else tensors[place]
-            for place, static in zip(self.places, self.statics, strict=True)
+            static if place is None else tensors[place] for place, static in zip(self.places, self.statics, strict=True)
         ]
 
     def shared(self) -> list[list[int]]:

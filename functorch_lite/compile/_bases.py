@@ -20,7 +20,7 @@ class _Member:
     base: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
     is_base: bool
 
 
@@ -81,7 +81,7 @@ class Bases:
             _checks.refuse_shared_memory()
         storage = members[0].untyped_storage()
         size = storage.nbytes() // members[0].element_size()
-        return torch.empty(0, dtype=members[0].dtype, device=members[0].device).set_(storage, 0, (size,), (1,))  # type: ignore[arg-type]
+        return torch.empty(0, dtype=members[0].dtype, device=members[0].device).set_(storage, 0, (size,), (1,))
 
 
 def find(writes: Sequence[Write], shared: list[list[int]], tensors: Sequence[Tensor]) -> Bases | None:

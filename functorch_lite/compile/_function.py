@@ -112,7 +112,8 @@ class _Entry:
         names: Sequence[str],
         shared: list[list[int]],
     ) -> None:
-        self._shape_env = ShapeEnv()
+        # Sizes that happen to be equal in the first call need not be equal in the next.
+        self._shape_env = ShapeEnv(duck_shape=False)
         self.structure: Any = None
         template = arguments.template()
 

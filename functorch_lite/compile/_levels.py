@@ -13,6 +13,7 @@ from torch.autograd import Function
 from functorch_lite import _C, _units
 from functorch_lite.compile import _random
 from functorch_lite.compile._arguments import Arguments
+from functorch_lite.compile._trace import CapturedWrapperError, refusing_wrappers
 
 if TYPE_CHECKING:
     from functorch_lite.compile._function import CompiledLeaves
@@ -28,6 +29,14 @@ def is_inlined(level: _C.Level) -> bool:
 def call(compiled: CompiledLeaves, leaves: list[Any], structure: Any, names: Names) -> tuple[list[Any], Any]:
     """Call at the innermost level."""
     leaves = [_C.strip_closed_levels(x) if isinstance(x, Tensor) and _C.is_wrapper(x) else x for x in leaves]
+    try:
+        with refusing_wrappers():
+            return _transformed(compiled, leaves, structure, names)
+    except CapturedWrapperError:  # an input that no level would know: the function runs without being compiled
+        return compiled.function(leaves, structure)
+
+
+def _transformed(compiled: CompiledLeaves, leaves: list[Any], structure: Any, names: Names) -> tuple[list[Any], Any]:
     level = _C.current_level()
     if isinstance(level, _C.VmapLevel):
         return _mapped(compiled, level, leaves, structure, names)
@@ -110,8 +119,10 @@ def _with_tangents(
     with _C.Below():
         results, (found, count) = derived.call([*values, *(tangents[i] for i in which)], structure, all_names)
     duals = [
-        value if not isinstance(value, Tensor)
-        else level.lift_constant(value) if tangent is None
+        value
+        if not isinstance(value, Tensor)
+        else level.lift_constant(value)
+        if tangent is None
         else level.lift_dual(value, tangent)
         for value, tangent in zip(results[:count], results[count:], strict=True)
     ]
@@ -200,7 +211,7 @@ class _Node(Function):
                 leaves = [*leaves[:i], variable, *leaves[i:]]
 
         def names() -> list[str]:
-            return record.names() + [f"tangent_{i}" for i in range(len(grads))]
+            return [*record.names(), *(f"tangent_{i}" for i in range(len(grads)))]
 
         with _random.drawn_from(record.generators):
             gradients, _ = record.pull.call([*leaves, *grads], (record.structure, len(leaves)), names)

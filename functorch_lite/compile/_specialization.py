@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,9 @@ from torch.autograd import Function
 from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._trace import Constant, Run, SameAsInput, Trace, Value, View, Write
+
+if TYPE_CHECKING:
+    from functorch_lite.compile._function import CompiledLeaves
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -34,9 +37,7 @@ class Options:
 class GraphFunction:
     """A graph and what the compiler has made of it, which runs on plain tensors. Inside vmap, the graph is mapped."""
 
-    def __init__(
-        self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options
-    ) -> None:
+    def __init__(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options) -> None:
         self._module, self._options = module, options
         self._inputs = module.graph.find_nodes(op="placeholder")
         self._compiled = compiler(module, example_inputs)
@@ -49,7 +50,7 @@ class GraphFunction:
         return self._leaves.call(inputs, None, lambda: [node.name for node in self._inputs])[0]
 
     @functools.cached_property
-    def _leaves(self) -> Any:
+    def _leaves(self) -> CompiledLeaves:
         from functorch_lite.compile._function import CompiledLeaves
 
         return CompiledLeaves(lambda leaves, _: (list(self._module(*leaves)), None), self._options)
@@ -90,11 +91,9 @@ class Specialization:
     def _compile_both(self) -> None:
         trace = self.trace
         joint_inputs = (list(trace.fakes), list(trace.tangents))
-        forward, backward = self.options.partition(
-            trace.graph_module, joint_inputs, num_fwd_outputs=len(trace.results)
-        )
+        forward, backward = self.options.partition(trace.graph_module, joint_inputs, num_fwd_outputs=len(trace.results))
         self._keep_from_writes(forward)
-        saved = [_nodes.value_of(node) for node in forward.graph.output_node().args[0][len(trace.results) :]]
+        saved = [_nodes.value_of(node) for node in _nodes.returned(forward.graph)[len(trace.results) :]]
         self._saved_tensors = sum(isinstance(value, Tensor) for value in saved)
         self._forward = self._compiled(self.options.forward_compiler, forward, list(trace.fakes))
         inputs = [_nodes.value_of(node) for node in backward.graph.find_nodes(op="placeholder")]
@@ -108,7 +107,7 @@ class Specialization:
         if not written:
             return
         output = graph.output_node()
-        nodes = list(output.args[0])  # type: ignore[arg-type]
+        nodes = _nodes.returned(graph)
         with graph.inserting_before(output):
             for i in range(len(self.trace.results), len(nodes)):
                 if _nodes.base_of(nodes[i]) in written:
@@ -170,9 +169,7 @@ class Specialization:
             for i, (x, needed) in enumerate(zip(inputs, self._needed, strict=True))
         ]
 
-    def gradients(
-        self, kept: Sequence[Tensor | None], shapes: Sequence[Any], tangents: Sequence[Tensor]
-    ) -> list[Any]:
+    def gradients(self, kept: Sequence[Tensor | None], shapes: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
         """The same as a function that can be differentiated, of what was kept of the inputs."""
         described = zip(kept, shapes, self.trace.fakes, strict=True)
         inputs = [
@@ -183,7 +180,7 @@ class Specialization:
         return self._derivative.call([*inputs, *tangents], None, lambda: names)[0]
 
     @functools.cached_property
-    def _derivative(self) -> Any:
+    def _derivative(self) -> CompiledLeaves:
         from functorch_lite.compile._function import CompiledLeaves
 
         return CompiledLeaves(self._pull_back, self.options)

@@ -7,8 +7,9 @@ it used that are no arguments. Those become inputs, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from functorch_lite import _C, _tree
 from functorch_lite._boundary import name_of_tensor
+from functorch_lite.compile import _nodes
 from functorch_lite.compile._annotations import Annotations, ModuleStack
 from functorch_lite.compile._arguments import identifier
 
@@ -57,7 +59,7 @@ class Write:
     #: The number of the forward result with the new contents, if these have changed.
     result: int | None
     #: Sizes, strides and offset, if these have changed.
-    metadata: tuple[Sequence[int], Sequence[int], int] | None
+    metadata: tuple[Any, Any, Any] | None
     #: Whether the new contents have a derivative.
     differentiated: bool
 
@@ -119,7 +121,7 @@ class Trace:
 
     def output_nodes(self) -> list[fx.Node | None]:
         """What the graph returns."""
-        return list(self.graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
+        return _nodes.returned(self.graph_module.graph)
 
     def guards(self, shape_env: Any) -> str | None:
         """What the sizes of the arguments have to fulfil, as a Python expression; None for anything."""
@@ -143,11 +145,28 @@ def trace(
     """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode."""
     # Without allow_non_fake_inputs: a real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=shape_env)
-    run = _TracedRun(function, list(inputs), fake_mode)
-    python_dispatcher = enable_python_dispatcher() if symbolic else nullcontext()
-    with fake_mode, python_dispatcher:
+    with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
+        run = _TracedRun(function, list(inputs), fake_mode)
         module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*run.fakes)
     return run.finished(module)
+
+
+class CapturedWrapperError(Exception):
+    """The function uses a tensor of a transform around, which is no argument."""
+
+
+_refusing = threading.local()
+
+
+@contextmanager
+def refusing_wrappers() -> Iterator[None]:
+    """In the enclosed code a tensor that a traced function captures must not be one of a transform."""
+    before = getattr(_refusing, "on", False)
+    _refusing.on = True
+    try:
+        yield
+    finally:
+        _refusing.on = before
 
 
 class _Captures(TorchFunctionMode):
@@ -168,8 +187,8 @@ class _Captures(TorchFunctionMode):
         return pytree.tree_map_only(Tensor, self._inside, tree)
 
     def _inside(self, tensor: Tensor) -> Tensor:
-        is_real = not (_C.is_wrapper(tensor) or isinstance(tensor, FakeTensor))
-        return self._lift(tensor) if is_real else tensor
+        below = _C.innermost_value(tensor) if _C.is_wrapper(tensor) else tensor
+        return tensor if isinstance(below, FakeTensor) else self._lift(tensor)
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
@@ -345,7 +364,7 @@ class _TracedRun(Run):
             self.values = [self.value(result) for result in self.results]
             return [*self.values, *gradients, *(value for view in self.views for value in view[1:])]
 
-    def _fake(self, one: Input) -> FakeTensor:
+    def _fake(self, one: Input) -> Tensor:
         assert one.tensor is not None
         if isinstance(one.tensor, FakeTensor):
             return one.tensor
@@ -362,6 +381,10 @@ class _TracedRun(Run):
             return self.fake_mode.from_tensor(one.tensor.detach(), static_shapes=not one.dynamic, source=source)
 
     def _new_input(self, tensor: Tensor) -> Tensor:
+        if _C.is_wrapper(tensor):
+            if getattr(_refusing, "on", False):
+                raise CapturedWrapperError
+            return self._capture(_C.strip_closed_levels(tensor))
         in_forward = self.level.depth > 0
         name = identifier(name_of_tensor(tensor), "captured")
         one = Input(name, tensor, tensor.requires_grad and self.grad_mode and in_forward, tensor.is_leaf)
@@ -378,7 +401,7 @@ class _TracedRun(Run):
             target = f"{name}_{len(self.tracer.graph.nodes)}"  # another for each
             proxy = self.tracer.create_proxy("placeholder", target, (), {})
             track_tensor_tree(fake, proxy, constant=None, tracer=self.tracer)
-        return proxy.node  # type: ignore[no-any-return]
+        return proxy.node
 
     def _make_tangents(self) -> None:
         """As the results are, but dense."""
@@ -415,8 +438,16 @@ class _TracedRun(Run):
         for one in self.inputs[: len(self.inputs) - len(self.captured)]:
             one.tensor = None  # the next call has others
         return Trace(
-            module, self.function, self.inputs, self.fakes, self.differentiated, self.tangents, self.values,
-            self.outputs, self.writes, self.modules,
+            module,
+            self.function,
+            self.inputs,
+            self.fakes,
+            self.differentiated,
+            self.tangents,
+            self.values,
+            self.outputs,
+            self.writes,
+            self.modules,
         )
 
 
