@@ -8,7 +8,11 @@
 
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/permute.h>
 #include <ATen/ops/where.h>
+
+#include <algorithm>
+#include <numeric>
 
 #include "autodiff_level.h"
 #include "op_args.h"
@@ -45,6 +49,51 @@ at::Tensor conjugate_of_number(const at::Tensor& number) {
   auto result = c10::scalar_to_tensor(std::conj(value));
   result.unsafeGetTensorImpl()->set_wrapped_number(true);
   return result;
+}
+
+// The dimensions in the order in which they lie in memory, or none if that is their own order.
+std::vector<int64_t> order_in_memory(const at::Tensor& tensor) {
+  std::vector<int64_t> order(tensor.dim());
+  std::iota(order.begin(), order.end(), 0);
+  const auto strides = tensor.sym_strides();
+  const auto is_before = [&](int64_t a, int64_t b) {
+    const auto x = strides[a].maybe_as_int();
+    const auto y = strides[b].maybe_as_int();
+    return x.has_value() && y.has_value() && *x > *y;
+  };
+  std::stable_sort(order.begin(), order.end(), is_before);
+  return std::is_sorted(order.begin(), order.end()) ? std::vector<int64_t>() : order;
+}
+
+// In place, random numbers are drawn in the order of memory, and functional operators draw in the order of indices.
+bool draw_in_order_of_memory(const c10::OperatorHandle& op, Stack& stack) {
+  if (!op.hasTag(at::Tag::nondeterministic_seeded) || op.operator_name().name.back() != '_') return false;
+  auto& target = stack[stack.size() - count_arguments(op)];
+  if (!target.isTensor()) return false;
+  const auto order = order_in_memory(target.toTensor());
+  if (order.empty()) return false;
+  const auto given = target;
+  target = at::permute(target.toTensor(), order);
+  op.callBoxed(&stack);
+  stack.back() = given;
+  return true;
+}
+
+// Batch norm writes its statistics, which its schema does not say.
+bool update_statistics_apart(const c10::OperatorHandle& op, Stack& stack) {
+  static const auto batch_norm = find_operator("native_batch_norm");
+  if (op != batch_norm) return false;
+  static const auto functional = find_operator("_native_batch_norm_legit_functional");
+  const auto n = count_arguments(op);
+  const auto* arguments = stack.data() + stack.size() - n;
+  const auto mean = arguments[3];
+  const auto var = arguments[4];
+  const bool is_training = arguments[5].toBool();
+  if (!is_training || mean.isNone() || !mean.toTensor().defined()) return false;
+  functional.callBoxed(&stack);
+  var.toTensor().copy_(torch::jit::pop(stack).toTensor());
+  mean.toTensor().copy_(torch::jit::pop(stack).toTensor());
+  return true;
 }
 
 }  // namespace
@@ -122,6 +171,7 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     stack.back() = conjugate_of_number(stack.back().toTensor());
     return;
   }
+  if (draw_in_order_of_memory(op, stack) || update_statistics_apart(op, stack)) return;
   // As PyTorch does above its own functionalization: a composition may make views, and write.
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, stack);
   // What torch.tensor has made just now looks like a view.

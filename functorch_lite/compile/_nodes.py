@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def written_bases(graph: fx.Graph) -> set[fx.Node]:
                 if argument.is_write:
                     fx.node.map_arg(given.get(argument.name), lambda written: found.add(base_of(written)))
     return found
+
+
+def touches(node: fx.Node, bases: Collection[fx.Node]) -> bool:
+    """Whether the node shows or reads memory of one of the bases."""
+    return any(base_of(one) in bases for one in (node, *node.all_input_nodes))
 
 
 def returned(graph: fx.Graph) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Passes over a graph of operators: each returns a new graph that computes the same, bit for bit.
+"""Passes over a graph of operators: each returns one that computes the same, bit for bit, and leaves its own alone.
 
 A pass replaces nodes by others that are equal to them (`_Replacements`), or leaves nodes out. Metadata stays.
 """
@@ -92,9 +92,9 @@ class _Replacements:
     def replace(self, node: fx.Node, other: fx.Node) -> None:
         """Let ``other``, or what stands for it, stand for ``node``, if that can be seen by nobody."""
         other = self.of(other)
-        old, new = self._base_of(node), self._base_of(other)
-        if old in self._written or new in self._written:
+        if _nodes.touches(node, self._written) or _nodes.touches(other, self._written):
             return
+        old, new = self._base_of(node), self._base_of(other)
         if node in self._returned:
             if other in self._returned or other.op in _nodes.INPUTS:
                 return
@@ -116,6 +116,8 @@ def _copy(
     graph: fx.Graph, replacement: Callable[[fx.Node], fx.Node], live: Collection[fx.Node] | None = None
 ) -> fx.Graph:
     """A copy in which others stand for some nodes, and with no others than those that are ``live``."""
+    if all(replacement(node) is node and (live is None or node in live) for node in graph.nodes):
+        return graph
     copy = fx.Graph(owning_module=graph.owning_module)
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

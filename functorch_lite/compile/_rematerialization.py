@@ -12,7 +12,8 @@ What comes from outside, and numbers, are known everywhere and are not in the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ from functorch_lite.compile._config import config
 from functorch_lite.compile._joint import Joint
 from functorch_lite.compile._minimum_cut import INFINITE, Network
 
-# Work counts this many times, and the more the later a node is: of equals the first ones are computed again. These
-# are read last, when the backward pass has freed most of what was saved.
+# Of equal nodes some are computed again before others: their work counts a little differently. The order is one that
+# spreads them evenly, as all that is computed again in one go is in memory at a time.
 _WORK_UNIT = 1024
-_LATER = 64
+_SPREAD_BITS = 6
 
 _KNOWN = ("placeholder", "get_attr")
 
@@ -85,13 +86,17 @@ class _Rematerialization:
                 continue
             is_savable = _nodes.is_tensor(node) and not _nodes.is_view(node)
             self._nbytes[node] = _costs.nbytes(node) if is_savable else INFINITE
-            work = _costs.work(node)
-            self._work[node] = work * _WORK_UNIT + work * _LATER * self._place[node] // len(self._place)
+            self._work[node] = _costs.work(node)
             if not self._is_recomputable(node):
                 self._fixed.add(node)
             inputs = [] if node in self._fixed else node.all_input_nodes
             self._inputs[node] = [one for one in inputs if self._is_unknown(one)]
             todo += self._inputs[node]
+        count: Counter[Hashable] = Counter()
+        for node in sorted(self._inputs, key=self._place.__getitem__):
+            kind = node.target, self._work[node]
+            self._work[node] *= _WORK_UNIT + _spread(count[kind])
+            count[kind] += 1
         self._dear = {node for node in self._inputs if not self._is_cheap(node)}
 
     def cheap_cut(self) -> _Cut:
@@ -145,7 +150,7 @@ class _Rematerialization:
             return False
         if _costs.is_among(node, config.never_recompute):
             return False
-        return not any(_nodes.base_of(one) in self._written for one in (node, *node.all_input_nodes))
+        return not _nodes.touches(node, self._written)
 
     def _is_cheap(self, node: fx.Node) -> bool:
         if _nodes.is_view(node) or _nodes.is_getitem(node):
@@ -156,3 +161,8 @@ class _Rematerialization:
 
     def _is_stuck(self, node: fx.Node) -> bool:
         return self._nbytes[node] == INFINITE and not all(map(_nodes.is_getitem, node.users))
+
+
+def _spread(place: int) -> int:
+    """A place in a row with its bits reversed: the halves of the row are those below and above 32, and so on."""
+    return sum(1 << (_SPREAD_BITS - 1 - bit) for bit in range(_SPREAD_BITS) if place >> bit & 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch.autograd import Function
 
 from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
+from functorch_lite.compile._backends import make_boxed_func
 from functorch_lite.compile._trace import Constant, Run, SameAsInput, Trace, Value, View, Write
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class GraphFunction:
     def __init__(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options) -> None:
         self._module, self._options = module, options
         self._inputs = module.graph.find_nodes(op="placeholder")
-        self._compiled = compiler(module, example_inputs)
+        self._compiled = make_boxed_func(compiler(module, example_inputs))
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """The outputs of the graph, at a level that does not differentiate."""
         if _C.current_level() is None:
-            with plainly():
-                return call_compiled(self._compiled, inputs)
+            with _Plainly():
+                return list(self._compiled(inputs))
         return self._leaves.call(inputs, None, lambda: [node.name for node in self._inputs])[0]
 
     @functools.cached_property
@@ -123,8 +123,7 @@ class Specialization:
         if self.is_differentiated:
             results = _units.plain_apply(_Node, self, level, *inputs)
         else:
-            with plainly():
-                results = [_own(result) for result in self._forward(list(inputs))]
+            results = [_own(result) for result in self._forward(list(inputs))]
         for write in self.trace.writes:
             _apply(write, inputs[write.input], results)
         return [self._output(output, inputs, results) for output in self.trace.outputs]
@@ -232,17 +231,20 @@ class _Node(Function):
         return (None, None, *gradients)
 
 
-def call_compiled(compiled: Callable[..., Any], inputs: list[Any]) -> list[Any]:
-    """Call what a compiler has returned, in either convention."""
-    results = compiled(inputs) if getattr(compiled, "_boxed_call", False) else compiled(*inputs)
-    return list(results) if isinstance(results, (tuple, list)) else [results]
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
+class _Plainly:
     """The enclosed graph records nothing and casts nothing: what was to be cast was when it was traced."""
-    with torch.no_grad(), torch._C._DisableAutocast():
-        yield
+
+    def __enter__(self) -> None:
+        self._grad_mode = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._no_autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else None
+        if self._no_autocast is not None:
+            self._no_autocast.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._no_autocast is not None:
+            self._no_autocast.__exit__(*exception)
+        torch._C._set_grad_enabled(self._grad_mode)
 
 
 def _own(result: Any) -> Any:

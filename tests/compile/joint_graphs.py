@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ import functorch_lite as fl
 
 @dataclass
 class JointGraph:
-    """A joint graph with the inputs that it was traced with."""
+    """A joint graph, the inputs that it was traced with, and the function."""
 
     module: fx.GraphModule
     primals: list[Any]
     tangents: list[Any]
     num_fwd_outputs: int
+    func: Callable[..., Any] | None = None
 
     @property
     def joint_inputs(self) -> tuple[list[Any], list[Any]]:
@@ -47,7 +49,7 @@ def joint_graph(func: Callable[..., Any], *primals: Tensor, tracing_mode: str = 
     module = fl.make_fx(joint, tracing_mode=tracing_mode)(list(primals), tangents)
     module.graph.set_codegen(fx.graph.CodeGen())  # takes the leaves, one by one
     module.recompile()
-    return JointGraph(module, list(primals), tangents, len(outputs))
+    return JointGraph(module, list(primals), tangents, len(outputs), func)
 
 
 def tag(joint: JointGraph) -> JointGraph:
@@ -157,3 +159,11 @@ FUNCTIONS = {
     "recurrent": recurrent,
     "pointwise chain": pointwise_chain,
 }
+
+
+@cache
+def joint_graph_of(name: str, tracing_mode: str, tagged: bool = False) -> JointGraph:
+    """One of them, made once."""
+    torch.manual_seed(0)
+    joint = FUNCTIONS[name](tracing_mode)
+    return tag(joint) if tagged else joint
