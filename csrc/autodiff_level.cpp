@@ -307,7 +307,10 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
 }
 
 void choose_attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  if (fused_attention_serves(NamedArguments(op, *stack))) return below_autograd(op, keys, stack);
+  if (fused_attention_serves(NamedArguments(op, *stack))) {
+    const bool is_outermost = current_level()->parent() == nullptr;
+    return is_outermost ? ask_attention_kernels(op, *stack) : below_autograd(op, keys, stack);
+  }
   choose_plain_attention(op, *stack);
 }
 void run_plain_composition(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {

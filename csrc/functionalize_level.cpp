@@ -15,6 +15,7 @@
 #include <numeric>
 
 #include "autodiff_level.h"
+#include "fused_attention.h"
 #include "op_args.h"
 
 namespace functorch_lite {
@@ -171,6 +172,8 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
     stack.back() = conjugate_of_number(stack.back().toTensor());
     return;
   }
+  static const auto choice_of_attention = find_operator("_fused_sdp_choice");
+  if (op == choice_of_attention && parent() == nullptr) return ask_attention_kernels(op, stack);
   if (draw_in_order_of_memory(op, stack) || update_statistics_apart(op, stack)) return;
   // As PyTorch does above its own functionalization: a composition may make views, and write.
   if (op.hasKernelForDispatchKey(kComposite)) return op.callBoxedForDispatchKey(kComposite, stack);

@@ -29,6 +29,17 @@ void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack) {
   torch::jit::push(stack, kPlainAttention);
 }
 
+void ask_attention_kernels(const c10::OperatorHandle& op, Stack& stack) {
+  switch (NamedArguments(op, stack).tensor("query").device().type()) {
+    case c10::kCPU:
+      return op.callBoxedForDispatchKey(c10::DispatchKey::CPU, stack);
+    case c10::kCUDA:
+      return op.callBoxedForDispatchKey(c10::DispatchKey::CUDA, stack);
+    default:
+      return op.callBoxed(&stack);
+  }
+}
+
 bool fused_attention_serves(const NamedArguments& args) {
   int64_t derivatives = 0;
   for (const auto* level = current_level(); level != nullptr; level = level->parent()) {

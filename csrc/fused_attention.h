@@ -14,6 +14,10 @@ void choose_plain_attention(const c10::OperatorHandle& op, Stack& stack);
 // key and value. With dropout they do not, for nobody else can draw their random numbers again.
 bool fused_attention_serves(const NamedArguments& args);
 
+// What the kernels of the query's device say, in _fused_sdp_choice. They look at sizes; fake tensors, asked themselves,
+// say that there is none.
+void ask_attention_kernels(const c10::OperatorHandle& op, Stack& stack);
+
 // How many queries should attend at a time, or none if all scores may be in memory at once.
 std::optional<int64_t> attention_chunk(const at::Tensor& query, const at::Tensor& key);
 // How many scores may be in memory at once, and the queries of the smallest chunk. For tests.

@@ -1,7 +1,6 @@
 // Attention, and the fused forms of the transformer modules in evaluation mode, as compositions of plain operators.
 // See plain_compositions.h first.
 #include <ATen/TensorOperators.h>
-#include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/gelu.h>
@@ -38,18 +37,10 @@ at::Tensor attend_at_once(const NamedArguments& args) {
       /*dropout_mask=*/{}, args["scale"].toOptional<double>(), args.flag("enable_gqa")));
 }
 
-// Asked of PyTorch as its own composition asks, past the dispatcher, where fake tensors would answer.
 bool chooses_fused(const NamedArguments& args) {
-  const auto query = args.tensor("query");
-  const auto choose = [&](const auto& choice, const auto&... device) {
-    return choice(device..., query, args.tensor("key"), args.tensor("value"), args.optional_tensor("attn_mask"),
-                  args["dropout_p"].toDouble(), args.flag("is_causal"), args["scale"].toOptional<double>(),
-                  args.flag("enable_gqa"));
-  };
-  const auto device = query.device().type();
-  const auto choice = device == c10::kCPU || device == c10::kCUDA ? choose(at::native::_fused_sdp_choice_stub, device)
-                                                                  : choose(at::_fused_sdp_choice);
-  return choice != kPlainAttention;
+  return at::_fused_sdp_choice(args.tensor("query"), args.tensor("key"), args.tensor("value"),
+                               args.optional_tensor("attn_mask"), args["dropout_p"].toDouble(), args.flag("is_causal"),
+                               args["scale"].toOptional<double>(), args.flag("enable_gqa")) != kPlainAttention;
 }
 
 // scaled_dot_product_attention without the fused kernels where those do not serve: they have no second derivative, no
