@@ -33,6 +33,9 @@ UNINITIALISED = {"empty", "empty_permuted"}
 #: Some samples set it themselves, which the compiled function does only once.
 SEED = 42
 
+#: Entries that raise an error, by form ("" for all), and why.
+EXCEPTIONS: dict[str, dict[str, str]] = {"": {}}
+
 #: What the peer says when it cannot compile a function, beside the names of calls of ours.
 _REFUSALS = r"^\w+: (got|\w+ )|DataDependent|DynamicOutputShape|UnsupportedOperator|not supported|not implemented"
 
