@@ -1,4 +1,6 @@
 // The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
+#include <ATen/FunctionalTensorWrapper.h>
+#include <pybind11/functional.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -16,6 +18,11 @@
 
 namespace py = pybind11;
 
+// torch/csrc/jit/python/pybind_utils.h includes all operators.
+namespace torch::jit {
+TORCH_PYTHON_API py::object toPyObject(IValue ivalue);
+}  // namespace torch::jit
+
 namespace functorch_lite {
 namespace {
 
@@ -29,6 +36,7 @@ struct PythonSide {
   py::object escaped_tensor_error;
   py::object attend_in_chunks;
   py::object attend_backward;
+  py::object call_auto_functionalized;
 };
 PythonSide& python_side() {
   static auto* side = new PythonSide();
@@ -57,10 +65,10 @@ auto call_python(Call&& call) {
 
 void set_python_side(py::object has_decomposition, py::object install_decomposition, py::object warn_loop,
                      py::object user_location, py::object name_of_tensor, py::object escaped_tensor_error,
-                     py::object attend_in_chunks, py::object attend_backward) {
+                     py::object attend_in_chunks, py::object attend_backward, py::object call_auto_functionalized) {
   python_side() = {std::move(has_decomposition), std::move(install_decomposition), std::move(warn_loop),
                    std::move(user_location),     std::move(name_of_tensor),        std::move(escaped_tensor_error),
-                   std::move(attend_in_chunks),  std::move(attend_backward)};
+                   std::move(attend_in_chunks),  std::move(attend_backward),       std::move(call_auto_functionalized)};
   auto& hooks = python_hooks();
   hooks.has_decomposition = [](const c10::OperatorName& name) {
     return call_python([&] { return python_side().has_decomposition(c10::toString(name)).cast<bool>(); });
@@ -88,6 +96,20 @@ void set_python_side(py::object has_decomposition, py::object install_decomposit
       return python_side()
           .attend_backward(grad, inputs, o.is_causal, o.scale, o.enable_gqa, o.rows)
           .cast<std::vector<at::Tensor>>();
+    });
+  };
+  hooks.call_auto_functionalized = [](const c10::OperatorHandle& op, Stack& stack) {
+    return call_python([&]() -> std::optional<Tensors> {
+      const auto n = count_arguments(op);
+      py::list arguments;
+      for (const auto& argument : torch::jit::last(stack, n)) arguments.append(torch::jit::toPyObject(argument));
+      const auto called = python_side().call_auto_functionalized(op.operator_name().name,
+                                                                 op.operator_name().overload_name, arguments);
+      if (called.is_none()) return std::nullopt;
+      auto [results, values] = called.cast<std::pair<Tensors, Tensors>>();
+      torch::jit::drop(stack, n);
+      for (auto& result : results) torch::jit::push(stack, std::move(result));
+      return values;
     });
   };
 }
@@ -138,6 +160,32 @@ struct AgainContext {
   }
   void exit() { again.reset(); }
 };
+
+using Reshape = std::function<void()>;
+
+// (outside, inside, whether all writes were made without recording, whether it has another memory now, what changes its
+// shape)
+std::vector<std::tuple<at::Tensor, at::Tensor, bool, bool, std::vector<Reshape>>> tensors_from_outside(
+    const FunctionalizeLevel& level) {
+  std::vector<std::tuple<at::Tensor, at::Tensor, bool, bool, std::vector<Reshape>>> result;
+  for (const auto& [outside, inside, memory, reshaped] : level.from_outside()) {
+    std::vector<Reshape> reshapes;
+    for (const auto& [op, arguments] : reshaped) {
+      Stack stack{outside};
+      stack.insert(stack.end(), arguments.begin(), arguments.end());
+      reshapes.emplace_back([op = op, stack] {
+        auto copy = stack;
+        op.callBoxed(&copy);
+      });
+    }
+    const auto& functional = as_wrapper(inside)->functional();
+    const auto* now = functional.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+    const auto* impl = at::functionalization::impl::unsafeGetFunctionalWrapper(functional);
+    result.emplace_back(outside, inside, impl->are_all_mutations_under_no_grad_or_inference_mode(),
+                        now != memory._unsafe_get_target(), std::move(reshapes));
+  }
+  return result;
+}
 
 // The innermost level with its own Python type, or None.
 py::object innermost_level() {
@@ -248,12 +296,20 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<FunctionalizeLevel, Level, c10::intrusive_ptr<FunctionalizeLevel>>(m, "FunctionalizeLevel")
       .def(py::init<bool>(), py::arg("keep_views"))
+      .def_property_readonly("keep_views", &FunctionalizeLevel::keeps_views)
       .def("lift", &FunctionalizeLevel::lift)
+      .def("lift_new", &FunctionalizeLevel::lift_new)
       .def("value_of", &FunctionalizeLevel::value_of)
+      .def("write", &FunctionalizeLevel::write)
       .def("memory_of", &FunctionalizeLevel::memory_of)
       .def("memory_value", &FunctionalizeLevel::memory_value)
       .def("replay_views", &FunctionalizeLevel::replay_views)
-      .def("is_view", &FunctionalizeLevel::is_view);
+      .def("is_view", &FunctionalizeLevel::is_view)
+      .def("outside_of", [](const FunctionalizeLevel& level, const at::Tensor& tensor) -> std::optional<at::Tensor> {
+        auto outside = level.outside_of(tensor);
+        return outside.defined() ? std::make_optional(outside) : std::nullopt;
+      })
+      .def("from_outside", &tensors_from_outside);
 
   py::class_<Tape, c10::intrusive_ptr<Tape>>(m, "Tape")
       .def_property_readonly("inputs", &Tape::inputs)

@@ -75,6 +75,10 @@ struct PythonHooks {
   // The cotangents of query, key, value and, if there is a fourth, mask: differentiable, and linear in memory too.
   std::vector<at::Tensor> (*attend_backward)(const at::Tensor& grad, const std::vector<at::Tensor>& inputs,
                                              const AttentionOptions& options) = nullptr;
+  // Calls an operator that writes into arguments as the functional one that can be traced. Leaves the results on the
+  // stack, and returns the new values of the arguments; or nothing if PyTorch cannot.
+  std::optional<std::vector<at::Tensor>> (*call_auto_functionalized)(const c10::OperatorHandle& op,
+                                                                    std::vector<c10::IValue>& stack) = nullptr;
 };
 PythonHooks& python_hooks();
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
@@ -24,6 +25,11 @@ inline c10::OperatorHandle find_operator(const std::string& name) {
 inline size_t count_arguments(const c10::OperatorHandle& op) { return op.schema().arguments().size(); }
 
 inline bool holds_tensor_list(const c10::IValue& v) { return v.isTensorList() || v.isOptionalTensorList(); }
+
+// Whether it has memory with strides, as a wrapper pretends to.
+inline bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == c10::kStrided && !tensor.is_quantized() && !tensor.is_nested();
+}
 
 // Calls visit(tensor) for every defined tensor in values[0..n).
 template <class Visit>

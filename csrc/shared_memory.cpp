@@ -41,7 +41,8 @@ void replace_value(Wrapper& wrapper, at::Tensor value, int64_t bdim) {
   for (const auto* inner = &value;; inner = &as_wrapper(*inner)->value()) {
     auto* impl = inner->unsafeGetTensorImpl();
     if (!impl->is_inference()) impl->set_version_counter(wrapper.version_counter());
-    if (as_wrapper(impl) == nullptr) break;
+    const auto* below = as_wrapper(impl);
+    if (below == nullptr || below->functional().defined()) break;
   }
   wrapper.replace_value(std::move(value), bdim);
 }

@@ -47,10 +47,6 @@ at::Tensor viewed_argument(const c10::OperatorHandle& op, const c10::IValue* arg
   return {};
 }
 
-bool is_dense(const at::Tensor& tensor) {
-  return tensor.layout() == c10::kStrided && !tensor.is_quantized() && !tensor.is_nested();
-}
-
 bool is_from(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   return std::any_of(others.begin(), others.end(), [&](const at::Tensor& other) {
     return have_one_storage(tensor, other) || innermost_value(tensor).is_same(innermost_value(other));

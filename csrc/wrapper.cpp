@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "errors.h"
+#include "functionalize_level.h"
 #include "shared_memory.h"
 #include "vmap_level.h"
 
@@ -133,6 +134,7 @@ void Wrapper::replace_value(at::Tensor value, int64_t bdim) {
 // what factories return.
 c10::intrusive_ptr<c10::TensorImpl> Wrapper::shallow_copy_and_detach(const c10::VariableVersion&,
                                                                      bool allow_metadata_change) const {
+  if (functional_.defined()) return detached_copy();
   auto copy = c10::make_intrusive<Wrapper>(value(), level_, bdim_);
   copy->is_captured = is_captured;
   copy->slot = slot;
@@ -155,6 +157,7 @@ void Wrapper::shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>& impl)
               "tensor.data = ...: there are views of this tensor inside vmap, which would go on showing its old data. "
               "Use tensor.copy_(...), which writes into all of them.");
   view_record = nullptr;
+  functional_ = other->functional_;
   replace_value(other->value(), other->bdim());
   slot = other->slot;
   if (is_shared()) record_alias(*this, *other);
@@ -191,10 +194,26 @@ bool is_batched(const at::Tensor& tensor) {
   return wrapper->bdim() != kNoBatchDim || is_batched(wrapper->value());
 }
 
+namespace {
+
+// At a functionalize level values do not stay in one memory, but the level knows.
+const c10::StorageImpl* memory_of_all_levels(const at::Tensor& tensor) {
+  const auto* inner = &tensor;
+  while (true) {
+    if (const auto* memory = FunctionalizeLevel::memory_of_lifted(*inner)) return memory;
+    const auto* wrapper = as_wrapper(*inner);
+    if (wrapper == nullptr) break;
+    if (wrapper->functional().defined()) return wrapper->functional().storage().unsafeGetStorageImpl();
+    inner = &wrapper->value();
+  }
+  return inner->has_storage() ? inner->storage().unsafeGetStorageImpl() : nullptr;
+}
+
+}  // namespace
+
 bool have_one_storage(const at::Tensor& a, const at::Tensor& b) {
-  const auto& memory_a = innermost_value(a);
-  const auto& memory_b = innermost_value(b);
-  return memory_a.has_storage() && memory_b.has_storage() && memory_a.is_alias_of(memory_b);
+  const auto* memory = memory_of_all_levels(a);
+  return memory != nullptr && memory == memory_of_all_levels(b);
 }
 
 }  // namespace functorch_lite

@@ -48,6 +48,8 @@ class Wrapper final : public c10::TensorImpl {
 
   // Follows an operator that changed the value's metadata in place.
   void refresh();
+  // Puts another functional tensor in the place of this one.
+  void take_functional(at::Tensor functional);
   // Puts another tensor in the place of the value.
   void replace_value(at::Tensor value, int64_t bdim);
 
@@ -67,6 +69,7 @@ class Wrapper final : public c10::TensorImpl {
  private:
   // Takes the value that the functional tensor has now.
   void follow_memory();
+  c10::intrusive_ptr<c10::TensorImpl> detached_copy() const;
   void copy_keys_from_value();
   void share_storage();
 };

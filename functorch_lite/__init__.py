@@ -4,6 +4,7 @@ from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
 from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
+from functorch_lite._functionalize import functionalize
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jvp import jvp
 from functorch_lite._linear import linear_transpose, linearize
@@ -19,6 +20,7 @@ __all__ = [
     "custom_jvp",
     "custom_vjp",
     "functional_call",
+    "functionalize",
     "gnvp",
     "grad",
     "grad_and_value",

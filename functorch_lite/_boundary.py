@@ -41,7 +41,7 @@ def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None
 
 # PyTorch reads memory without an operator call in a few places. What it says there is about itself.
 _NO_MEMORY = (
-    "Inside vmap, grad, vjp and jvp a tensor has no memory of its own, so .numpy(), .tolist(), .data_ptr(), pickle and "
+    "Inside a transform a tensor has no memory of its own, so .numpy(), .tolist(), .data_ptr(), pickle and "
     "copy.deepcopy cannot read it. Use PyTorch's operators (x.clone() in place of a deep copy), or convert what the "
     "transform returns."
 )

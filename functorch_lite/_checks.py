@@ -37,6 +37,15 @@ def refuse_type(message: str) -> NoReturn:
     raise TypeError(message)
 
 
+def check_remove(remove: object) -> None:
+    """Require what `functionalize` knows to remove."""
+    if remove not in ("mutations", "mutations_and_views"):
+        raise ValueError(
+            f"functionalize: got remove={remove!r}, expected 'mutations' (views stay views) or 'mutations_and_views' "
+            f"(they become copies)."
+        )
+
+
 def check_one_vmap_rule(function: Any) -> None:
     """Refuse a Function that says twice how it is mapped."""
     if function.generate_vmap_rule:

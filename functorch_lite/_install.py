@@ -37,6 +37,7 @@ def connect() -> None:
         _checks,
         _custom_function,
         _decompose,
+        _functionalize,
         _library_rules,
         _new,
         _repr,
@@ -52,6 +53,7 @@ def connect() -> None:
         _checks.EscapedTensorError,
         _attention.attend_in_chunks,
         _attention.attend_backward,
+        _functionalize.call_auto_functionalized,
     )
     _repr.install()
     _new.install()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from functorch_lite import _C, _checks, _tree, _units
+from functorch_lite import _C, _checks, _functionalize, _tree, _units
 
-Level = _C.VmapLevel | _C.AutodiffLevel
+Level = _C.VmapLevel | _C.AutodiffLevel | _C.FunctionalizeLevel
 Leaves = list[Any]
 # (residuals, gradients of the outputs) -> gradients of the leaves, None for zeros
 Pull = Callable[[Sequence[Tensor], Sequence[Any]], Leaves]
@@ -52,7 +52,7 @@ def call(op: Operation, leaves: Leaves) -> Leaves:
     if isinstance(level, _C.TapeLevel):
         return _call_on_tape(op, level, leaves)
     if any(_is_variable(level, leaf) for leaf in leaves):
-        assert not isinstance(level, _C.VmapLevel)
+        assert not isinstance(level, (_C.VmapLevel, _C.FunctionalizeLevel))
         if level is not None and level.kind == "jvp":
             return _call_with_tangents(op, level, leaves)
         return _record(op, level, leaves)
@@ -97,7 +97,7 @@ def _call_on_tape(op: Operation, level: _C.TapeLevel, leaves: Leaves) -> Leaves:
 
 def _is_variable(level: Level | None, leaf: Any) -> bool:
     """Whether a level differentiates with respect to this."""
-    if not isinstance(leaf, Tensor) or isinstance(level, _C.VmapLevel):
+    if not isinstance(leaf, Tensor) or isinstance(level, (_C.VmapLevel, _C.FunctionalizeLevel)):
         return False
     if level is None:
         _checks.check_no_dual(forward_ad._current_level >= 0 and forward_ad.unpack_dual(leaf).tangent is not None)
@@ -120,7 +120,7 @@ def _lifted(level: Level, value: Any, dim: int | None) -> Any:
         return value
     if isinstance(level, _C.VmapLevel):
         return value if dim is None else level.lift(value, dim)
-    return level.lift_constant(value)
+    return level.lift_new(value) if isinstance(level, _C.FunctionalizeLevel) else level.lift_constant(value)
 
 
 def _constant(level: _C.AutodiffLevel | None, leaf: Any) -> Any:
@@ -153,6 +153,8 @@ class _HandedDown(Operation):
         dims = [dim for _, dim in unwrapped]
         if isinstance(self.level, _C.VmapLevel):
             pull = functools.partial(self._pull_mapped, self.level, pull, dims)
+        if isinstance(self.level, _C.FunctionalizeLevel):
+            pull = functools.partial(_pull_functionalized, self.level.keep_views, pull)
         return lowered, [value for value, _ in unwrapped], pull
 
     def jvp(self, leaves: Leaves, tangents: list[Tensor | None]) -> tuple[Leaves, Leaves]:
@@ -166,6 +168,8 @@ class _HandedDown(Operation):
             return _Resumed(self.level, self.below)
         if isinstance(self.level, _C.VmapLevel):
             return _C.VmapLevel(self.level.batch_size, self.level.randomness)
+        if isinstance(self.level, _C.FunctionalizeLevel):
+            return _C.FunctionalizeLevel(self.level.keep_views)
         return nullcontext()
 
     def _lift(self, level: Level | None, leaves: Sequence[Any]) -> Leaves:
@@ -207,6 +211,11 @@ class _HandedDown(Operation):
             else _with_batch(mapped, result, found, 0).sum(0)
             for (result, found), dim in zip(results, self.dims, strict=True)
         ]
+
+
+def _pull_functionalized(keep_views: bool, pull: Pull, residuals: Sequence[Tensor], grads: Sequence[Any]) -> Leaves:
+    results: Leaves = _functionalize.run(keep_views, pull, (list(residuals), list(grads)))
+    return results
 
 
 def _with_batch(level: _C.VmapLevel, value: Tensor, found: int | None, dim: int) -> Tensor:

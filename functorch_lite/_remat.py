@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from functorch_lite import _C, _tree
+from functorch_lite import _C, _functionalize, _tree
 
 #: Takes tensors and returns a list of tensors. Arguments and results may also be None.
 FlatFunction = Callable[..., list[Any]]
@@ -66,6 +66,8 @@ def _run(func: FlatFunction, args: Sequence[Any], outputs: Sequence[Any] | None 
         return _run_mapped(level, func, args, outputs)
     if isinstance(level, _C.TapeLevel):
         return _run_taped(level, func, args, outputs)
+    if isinstance(level, _C.FunctionalizeLevel):
+        return _run_functionalized(level, func, args, outputs)
     if isinstance(level, _C.AutodiffLevel):
         run_here = _run_forward if level.kind == "jvp" else _run_reverse
         return run_here(level, func, args, outputs)
@@ -137,6 +139,16 @@ def _run_taped(
 
     lifted = iter(level.record(again, [args[i] for i in places], [results[i] for i in found]))
     return [None if result is None else next(lifted) for result in results]
+
+
+def _run_functionalized(
+    level: _C.FunctionalizeLevel, func: FlatFunction, args: Sequence[Any], outputs: Sequence[Any] | None
+) -> list[Any]:
+    def functionalized(*values: Any) -> list[Any]:
+        results: list[Any] = _functionalize.run(level.keep_views, func, values)
+        return results
+
+    return _map(level.lift_new, _below(functionalized, _map(level.value_of, args), outputs, level.value_of))
 
 
 def _run_forward(

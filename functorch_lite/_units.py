@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from functorch_lite import _C, _checks, _tree
+from functorch_lite import _C, _checks, _functionalize, _tree
 
 plain_apply: Callable[..., Any] = Function.apply.__func__  # type: ignore[attr-defined]
 
@@ -200,6 +200,8 @@ def _apply(call: Call, args: Sequence[Any]) -> Any:
         return plain_apply(call.unit.node, *args, call)
     if isinstance(level, _C.TapeLevel):
         return _apply_on_tape(level, call, args)
+    if isinstance(level, _C.FunctionalizeLevel):
+        return _apply_functionalized(level, call, args)
     call.has_tangent = ()
     if level.kind == "jvp":
         call.has_tangent = tuple(isinstance(arg, Tensor) and level.tangent_of(arg) is not None for arg in args)
@@ -414,6 +416,76 @@ class Mapped(Unit):
 
     def _batched(self, value: Tensor, dim: int | None) -> tuple[Tensor, int]:
         return (value.expand(self.level.batch_size, *value.shape), 0) if dim is None else (value, dim)
+
+
+def _apply_functionalized(level: _C.FunctionalizeLevel, call: Call, args: Sequence[Any]) -> Any:
+    leaves, spec = _tree.flatten(tuple(args))
+    unit: Unit = Functionalized(call.unit, level.keep_views)
+    if not is_differentiated_below(leaves):
+        try:
+            return call.run(args)
+        except RuntimeError as error:
+            if not _checks.needs_memory(error):
+                raise
+            unit = call.unit  # on tensors that have memory
+    below = Call(unit, call.needs, call.keeps_context)
+    with _C.Below():
+        values = _distinct([level.value_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        outputs = _apply(below, _tree.unflatten(values, spec))
+    known = {id(value): leaf for value, leaf in zip(values, leaves, strict=True) if isinstance(leaf, Tensor)}
+    for value in below.context.dirty_tensors:
+        level.write(known[id(value)], value)
+    raised = _raised(below.context, outputs, dict(known), known, lambda output, _: level.lift_new(output))
+    call.context = below.context.moved(lambda tensor, _: known.setdefault(id(tensor), level.lift_new(tensor)))
+    return raised
+
+
+class Functionalized(Unit):
+    """A unit of a functionalize level, one level below it: its passes write nothing but what is marked as written."""
+
+    def __init__(self, unit: Unit, keep_views: bool) -> None:
+        self.unit, self.keep_views = unit, keep_views
+        self.name, self.node, self.advice = unit.name, unit.node, unit.advice
+
+    def forward(self, context: Context, *args: Any) -> Any:
+        """The outputs of the unit, and what it keeps."""
+        inner = Context(context.needs_input_grad)
+        structure: Any = None
+        kept: list[Tensor] = []
+
+        def run(*args: Any) -> Any:
+            nonlocal structure
+            structure = self.unit.forward(inner, *args)
+            inner.outputs = as_tuple(structure)
+            inner.moved(lambda tensor, _: kept.append(tensor) or tensor)  # type: ignore[func-returns-value]
+            return kept
+
+        try:
+            values = iter(_functionalize.run(self.keep_views, run, args))
+        except RuntimeError as error:
+            if not _checks.needs_memory(error):
+                raise
+            return self.unit.forward(context, *args)  # on tensors that have memory
+        vars(context).update(vars(inner.moved(lambda *_: next(values))))
+        return _like(structure, context.outputs)
+
+    def backward(self, context: Context, *grads: Any) -> Any:
+        """The unit's own, without writes."""
+        return self._run(self.unit.backward, context, grads)
+
+    def jvp(self, context: Context, *tangents: Any) -> Any:
+        """The unit's own, without writes."""
+        return self._run(self.unit.jvp, context, tangents)
+
+    def _run(self, method: Callable[..., Any], context: Context, vectors: Sequence[Any]) -> Any:
+        tensors: list[Tensor] = []
+        context.moved(lambda tensor, _: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+
+        def run(tensors: list[Tensor], vectors: Sequence[Any]) -> Any:
+            lifted = iter(tensors)
+            return method(context.moved(lambda *_: next(lifted)), *vectors)
+
+        return _functionalize.run(self.keep_views, run, (tensors, vectors))
 
 
 def explained(level: _C.Level, unit: Unit, forward: Callable[[], Any]) -> Any:

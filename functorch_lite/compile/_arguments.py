@@ -61,13 +61,20 @@ class Arguments:
                 groups.setdefault(tensor.untyped_storage()._cdata, []).append(i)
         return [group for group in groups.values() if len(group) > 1]
 
+    def _sharing_key(self, group: list[int]) -> Any:
+        members = [self.tensors[i] for i in group]
+        numbers: dict[int, int] = {}
+        bases = [(numbers.setdefault(id(_base_of(x)), len(numbers)), layout_key(_base_of(x))) for x in members]
+        shapes = [(x.storage_offset(), static_shape_key(_base_of(x))) for x in members]
+        return tuple(group), tuple(bases), tuple(shapes), members[0].untyped_storage().nbytes()
+
     def key(self, describe: Callable[[int, Tensor], Any], shared: list[list[int]]) -> Any:
         """What a graph for these arguments depends on, beside the structure."""
         return (
             tuple(self.places),
             tuple(_static_key(static) for static in self.statics),
             tuple(describe(i, tensor) for i, tensor in enumerate(self.tensors)),
-            tuple(map(tuple, shared)),
+            tuple(self._sharing_key(group) for group in shared),
             modes(),
         )
 
@@ -105,6 +112,10 @@ def static_shape_key(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
 
 
+def _base_of(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
 def dynamic_shape_key(tensor: Tensor) -> Any:
     """Sizes 0 and 1, which are never symbols; the guards of a graph speak of the others."""
     return tuple(size if size < 2 else -1 for size in tensor.shape), _order(tensor)
@@ -121,6 +132,8 @@ def _static_key(static: Any) -> Any:
         return kind, static
     if kind in (float, complex):
         return kind, repr(static)  # 0.0 and -0.0 are equal
+    if kind is slice:
+        return kind, _static_key(static.start), _static_key(static.stop), _static_key(static.step)
     return kind, static
 
 

@@ -82,7 +82,8 @@ class CompiledLeaves:
     def find(self, arguments: Arguments, structure: Any, names: Callable[[], list[str]]) -> _Entry:
         """The graph for certain arguments, which is made if there is none."""
         shared = arguments.shared()
-        key = (structure, arguments.key(self._describe, shared))
+        sharing = {i for group in shared for i in group}
+        key = (structure, arguments.key(lambda i, tensor: self._describe(i, tensor, i in sharing), shared))
         entries = self._entries.setdefault(key, [])
         for entry in entries:
             if entry.is_valid(arguments.tensors):
@@ -96,8 +97,9 @@ class CompiledLeaves:
         """Whether the sizes of tensor i may be symbols."""
         return self.options.dynamic and i >= self._static_inputs
 
-    def _describe(self, i: int, tensor: Tensor) -> Any:
-        shape_key = _arguments.dynamic_shape_key if self.is_dynamic(i) else _arguments.static_shape_key
+    def _describe(self, i: int, tensor: Tensor, is_sharing: bool) -> Any:
+        is_dynamic = self.is_dynamic(i) and not is_sharing
+        shape_key = _arguments.dynamic_shape_key if is_dynamic else _arguments.static_shape_key
         return _arguments.layout_key(tensor), shape_key(tensor)
 
 
@@ -121,6 +123,7 @@ class _Entry:
             leaves, self.structure = compiled.function(template.filled(tensors), structure)
             return leaves
 
+        sharing = {i for group in shared for i in group}
         by_tensor = dict(zip(arguments.places, names, strict=True))
         inputs = [
             _trace.Input(
@@ -128,7 +131,8 @@ class _Entry:
                 tensor,
                 tensor.requires_grad and torch.is_grad_enabled(),
                 tensor.is_leaf,
-                compiled.is_dynamic(i),
+                compiled.is_dynamic(i) and i not in sharing,
+                i in sharing,
             )
             for i, tensor in enumerate(arguments.tensors)
         ]

@@ -34,6 +34,8 @@ from functorch_lite.compile import _nodes
 from functorch_lite.compile._annotations import Annotations, ModuleStack
 from functorch_lite.compile._arguments import identifier
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 Decompositions = Mapping[Any, Callable[..., Any]]
 
 
@@ -49,6 +51,8 @@ class Input:
     is_leaf: bool
     #: Whether its sizes may become symbols.
     dynamic: bool = False
+    #: Whether to take it for a tensor that shares no memory with others.
+    is_apart: bool = False
 
 
 @dataclass
@@ -188,7 +192,9 @@ class _Captures(TorchFunctionMode):
 
     def _inside(self, tensor: Tensor) -> Tensor:
         below = _C.innermost_value(tensor) if _C.is_wrapper(tensor) else tensor
-        return tensor if isinstance(below, FakeTensor) else self._lift(tensor)
+        # Fake tensors compute with real ones on their own account: meanwhile their mode is off.
+        is_ours = isinstance(below, FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is None
+        return tensor if is_ours else self._lift(tensor)
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
@@ -373,7 +379,7 @@ class _TracedRun(Run):
             from torch._dynamo.source import ConstantSource  # imports a third of torch
 
             source = ConstantSource(one.name)
-        if _C.is_wrapper(one.tensor):
+        if one.is_apart or _C.is_wrapper(one.tensor):
             x = one.tensor
             with self.fake_mode:
                 return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
