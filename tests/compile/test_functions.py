@@ -25,7 +25,9 @@ def test_cases_are_the_same_whenever_they_run(name):
 
 
 def _erring(compile):
-    return Implementation("erring", SimpleNamespace(**{**vars(EAGER.api), "aot_function": lambda f, *_, **__: compile(f)}))
+    return Implementation(
+        "erring", SimpleNamespace(**{**vars(EAGER.api), "aot_function": lambda f, *_, **__: compile(f)})
+    )
 
 
 def _copied(tree):
@@ -80,7 +82,11 @@ class _WrongGradient(torch.autograd.Function):
 #: What a compiler might do wrong, a case that shows it, and what is found.
 ERRORS = {
     "numbers": (lambda f: lambda x: f(x) * (1 + 1e-15), "zero_cotangent", "output 0 is"),
-    "gradients": (lambda f: lambda x: _WrongGradient.apply(f(x)), "captured_tensor_that_requires_grad", "gradient of leaf 0"),
+    "gradients": (
+        lambda f: lambda x: _WrongGradient.apply(f(x)),
+        "captured_tensor_that_requires_grad",
+        "gradient of leaf 0",
+    ),
     "writes lost": (lambda f: lambda *args: f(*_copied(args)), "input_written_once", "input 0 is"),
     "writes made up": (_writes, "zero_cotangent", "input 0, is written"),
     "views copied": (lambda f: lambda *args: _copied(f(*args)), "outputs_share_memory", "shares memory with"),

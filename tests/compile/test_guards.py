@@ -130,11 +130,20 @@ def test_static_arguments():
 
 def test_other_structures():
     def f(tree, **more):
-        return sum(x.sum() for x in torch.utils._pytree.tree_leaves((tree, more)) if isinstance(x, torch.Tensor)) * len(tree)
+        return sum(x.sum() for x in torch.utils._pytree.tree_leaves((tree, more)) if isinstance(x, torch.Tensor)) * len(
+            tree
+        )
 
     compiled = observations.ours().function(f)
     x, y = _x(3), _x(3) + 1
-    calls = [([x, y], {}), ((x, y), {}), ([x, y, y], {}), ({"a": x, "b": y}, {}), ({"a": x, "c": y}, {}), ([x], {"z": y})]
+    calls = [
+        ([x, y], {}),
+        ((x, y), {}),
+        ([x, y, y], {}),
+        ({"a": x, "b": y}, {}),
+        ({"a": x, "c": y}, {}),
+        ([x], {"z": y}),
+    ]
     calls += [([x, None], {}), ([None, x], {}), ([[x], y], {})]
     for tree, more in [*calls, *calls]:
         assert torch.equal(compiled(tree, **more), f(tree, **more))

@@ -37,7 +37,9 @@ def test_operator(name):
     report = compiled.sweep(ops.OPS[name], [ours], _forms(name), EXTENT)
     assert not report.all("wrong", ours.name)
     failures = {x.split(",")[0] for kind in ("refused", "crashed") for x in report.all(kind, ours.name)}
-    excepted = {form for form in failures if name in compiled.EXCEPTIONS.get(form, {}) or name in compiled.EXCEPTIONS[""]}
+    excepted = {
+        form for form in failures if name in compiled.EXCEPTIONS.get(form, {}) or name in compiled.EXCEPTIONS[""]
+    }
     assert failures == excepted, report.all("refused", ours.name) + report.all("crashed", ours.name)
     assert fl.level_depth() == 0
 
@@ -105,7 +107,9 @@ def test_refusals_and_crashes_are_told_apart():
 
 def test_the_program_prints_a_table_that_files_can_be_joined_to(tmp_path, monkeypatch, capsys):
     file = tmp_path / "asinh.json"
-    monkeypatch.setattr(sys, "argv", ["compiled", "--samples", "1", "--forms", "function", "--json", str(file), "asinh"])
+    monkeypatch.setattr(
+        sys, "argv", ["compiled", "--samples", "1", "--forms", "function", "--json", str(file), "asinh"]
+    )
     compiled.main()
     table = capsys.readouterr().out
     assert "passes of the peer that are none of ours: 0" in table

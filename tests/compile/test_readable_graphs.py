@@ -68,14 +68,17 @@ def _variables(*shapes):
 
 def test_pointwise():
     graphs = graphs_of(lambda x: x.sin(), *_variables((3,)))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     sin = aten.sin.default(x)
     return [sin, x]
 def graph(x, tangent):
     cos = aten.cos.default(x)
     mul = aten.mul.Tensor(tangent, cos)
-    return [mul]""")
+    return [mul]""",
+    )
 
 
 def test_product():
@@ -83,7 +86,9 @@ def test_product():
         return x @ weight + bias
 
     graphs = graphs_of(f, *_variables((3, 2), (2, 4), 4))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x, weight, bias):
     mm = aten.mm.default(x, weight)
     add = aten.add.Tensor(mm, bias)
@@ -95,7 +100,8 @@ def graph(x, weight, tangent):
     mm_1 = aten.mm.default(t, tangent)
     t_1 = aten.t.default(weight)
     mm_2 = aten.mm.default(tangent, t_1)
-    return [mm_2, mm_1, view]""")
+    return [mm_2, mm_1, view]""",
+    )
 
 
 def test_in_place():
@@ -106,7 +112,9 @@ def test_in_place():
         return y
 
     graphs = graphs_of(f, *_variables((3, 2)))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     mul = aten.mul.Tensor(x, 2)
     _tensor_constant0 = self._tensor_constant0
@@ -125,7 +133,8 @@ def graph(tangent):
     as_strided_scatter = aten.as_strided_scatter.default(copy, copy_1, [2], [1], 0)
     mul_1 = aten.mul.Tensor(as_strided_scatter, 2)
     add_1 = aten.add.Tensor(tangent, mul_1)
-    return [add_1]""")
+    return [add_1]""",
+    )
 
 
 def test_written_input():
@@ -134,7 +143,9 @@ def test_written_input():
         return x - running_mean
 
     graphs = graphs_of(f, *_variables((3, 2)), torch.zeros(2))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x, running_mean):
     mul = aten.mul.Tensor(running_mean, 0.9)
     mean = aten.mean.dim(x, [0])
@@ -142,7 +153,8 @@ def graph(x, running_mean):
     sub = aten.sub.Tensor(x, add)
     return [add, sub]
 def graph(tangent):
-    return [tangent, None]""")
+    return [tangent, None]""",
+    )
 
 
 def test_views_are_not_in_the_graph():
@@ -151,13 +163,16 @@ def test_views_are_not_in_the_graph():
         return y, y.t(), x[0]
 
     graphs = graphs_of(f, *_variables((3, 2)))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     exp = aten.exp.default(x)
     return [exp, exp]
 def graph(exp, tangent):
     mul = aten.mul.Tensor(tangent, exp)
-    return [mul]""")
+    return [mul]""",
+    )
 
 
 def test_containers():
@@ -167,7 +182,9 @@ def test_containers():
 
     (w,) = _variables(2)
     graphs = graphs_of(f, {"w": w}, (torch.rand(2), (torch.rand(2), 0.5)))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(params_w, data_0, data_1_0):
     mul = aten.mul.Tensor(params_w, data_0)
     sub = aten.sub.Tensor(mul, data_1_0)
@@ -182,7 +199,8 @@ def graph(data_0, sub, tangent):
     mul_3 = aten.mul.Scalar(pow_2, 2.0)
     mul_4 = aten.mul.Tensor(expand, mul_3)
     mul_5 = aten.mul.Tensor(mul_4, data_0)
-    return [mul_5, None, None]""")
+    return [mul_5, None, None]""",
+    )
 
 
 SCALE = torch.ones(2)
@@ -190,22 +208,28 @@ SCALE = torch.ones(2)
 
 def test_captured():
     graphs = graphs_of(lambda x: x * SCALE, *_variables((3, 2)))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x, x_1):
     mul = aten.mul.Tensor(x, x_1)
     return [mul, x_1]
 def graph(x_1, tangent):
     mul_1 = aten.mul.Tensor(tangent, x_1)
-    return [mul_1, None]""")
+    return [mul_1, None]""",
+    )
 
 
 def test_nothing_to_differentiate():
     graphs = graphs_of(lambda x: (x.cos(), x.sum()), torch.rand(3))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     cos = aten.cos.default(x)
     sum_1 = aten.sum.default(x)
-    return [cos, sum_1]""")
+    return [cos, sum_1]""",
+    )
 
 
 def test_common_subexpressions_and_dead_code():
@@ -214,7 +238,9 @@ def test_common_subexpressions_and_dead_code():
         return x.sin() * x.sin()
 
     graphs = graphs_of(f, *_variables(3))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     sin = aten.sin.default(x)
     mul = aten.mul.Tensor(sin, sin)
@@ -224,7 +250,8 @@ def graph(x, sin, tangent):
     cos = aten.cos.default(x)
     mul_3 = aten.mul.Tensor(mul_1, cos)
     add = aten.add.Tensor(mul_3, mul_3)
-    return [add]""")
+    return [add]""",
+    )
 
 
 def test_random():
@@ -232,7 +259,9 @@ def test_random():
         return torch.dropout(x, 0.5, True)
 
     graphs = graphs_of(f, *_variables(3))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(x):
     empty_like = aten.empty_like.default(x)
     bernoulli = aten.bernoulli.p(empty_like, 0.5)
@@ -241,7 +270,8 @@ def graph(x):
     return [mul, div]
 def graph(div, tangent):
     mul_1 = aten.mul.Tensor(tangent, div)
-    return [mul_1]""")
+    return [mul_1]""",
+    )
 
 
 class Mlp(nn.Module):
@@ -255,7 +285,9 @@ class Mlp(nn.Module):
 
 def test_module():
     graphs = graphs_of(Mlp(), torch.rand(4, 2))
-    assert_expected_inline(graphs.text(), """\
+    assert_expected_inline(
+        graphs.text(),
+        """\
 def graph(first_weight, first_bias, second_weight, second_bias, x):
     t = aten.t.default(first_weight)
     addmm = aten.addmm.default(first_bias, x, t)
@@ -280,7 +312,8 @@ def graph(second_weight, x, relu, tangent):
     sum_2 = aten.sum.dim_IntList(threshold_backward, [0], True)
     view_1 = aten.view.default(sum_2, [3])
     t_8 = aten.t.default(t_7)
-    return [t_8, view_1, t_5, view, None]""")
+    return [t_8, view_1, t_5, view, None]""",
+    )
 
 
 # What holds for all graphs.

@@ -223,6 +223,8 @@ def sweep(op: OpInfo, sides: Sequence[Implementation], forms: Sequence[str], ext
             present = [side for side in sides if form.has_peer or side.guards]
             tallies = report.tallies[name] = {side.name: Tally() for side in present}
             for label, case, order in cases_of(op, form, extent):
+                if report.name in exceptions.WRONG_VJP:
+                    order = 0
                 try:
                     expected = case.run(case.func, order)
                 except (RuntimeError, AssertionError):  # not a valid call, or no derivative of this order
@@ -248,7 +250,10 @@ def _print_report(report: Report) -> None:
         for kind in ("wrong", "refused", "crashed"):
             messages = report.all(kind, side)
             if messages:
-                print(f"{report.name}: {side}: {kind} ({len(messages)}): {' '.join(messages[0].split())[:260]}", flush=True)
+                print(
+                    f"{report.name}: {side}: {kind} ({len(messages)}): {' '.join(messages[0].split())[:260]}",
+                    flush=True,
+                )
 
 
 def _print_table(reports: Sequence[Report]) -> None:
