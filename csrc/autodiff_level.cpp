@@ -296,6 +296,14 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
   return gradients;
 }
 
+std::vector<at::Tensor> AutodiffLevel::gradients(const std::vector<at::Tensor>& outputs,
+                                                 const std::vector<at::Tensor>& cotangents,
+                                                 const std::vector<at::Tensor>& inputs, bool keep_graph,
+                                                 bool create_graph, bool allow_unused) {
+  const OneThread one_thread;
+  return torch::autograd::grad(outputs, inputs, cotangents, keep_graph, create_graph, allow_unused);
+}
+
 namespace {
 
 // Where PyTorch's autograd kernels arrive once they have recorded the call at the innermost level.

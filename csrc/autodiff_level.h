@@ -52,6 +52,12 @@ class AutodiffLevel final : public Level {
   std::vector<at::Tensor> backward(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& cotangents,
                                    const std::vector<at::Tensor>& inputs, bool keep_graph);
 
+  // torch.autograd.grad, for code that runs at the level.
+  static std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs,
+                                           const std::vector<at::Tensor>& cotangents,
+                                           const std::vector<at::Tensor>& inputs, bool keep_graph, bool create_graph,
+                                           bool allow_unused);
+
   struct Below {
     bool may_be_captured = false;  // a result may share memory with an argument from outside the level
     bool same_keys = false;        // see RunBelow

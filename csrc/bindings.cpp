@@ -292,7 +292,8 @@ PYBIND11_MODULE(_C, m) {
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
       .def("take_derivative", &AutodiffLevel::take_derivative)
-      .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>());
+      .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>())
+      .def_static("gradients", &AutodiffLevel::gradients, py::call_guard<py::gil_scoped_release>());
 
   py::class_<FunctionalizeLevel, Level, c10::intrusive_ptr<FunctionalizeLevel>>(m, "FunctionalizeLevel")
       .def(py::init<bool>(), py::arg("keep_views"))

@@ -16,12 +16,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/permute.h>
+#include <ATen/ops/resize.h>
 #include <ATen/ops/resolve_conj.h>
 #include <ATen/ops/resolve_neg.h>
 #include <ATen/ops/where.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <unordered_set>
 
@@ -29,6 +31,7 @@
 #include "fallback.h"
 #include "fused_attention.h"
 #include "plain_compositions.h"
+#include "siblings.h"
 
 namespace functorch_lite {
 namespace {
@@ -110,6 +113,19 @@ class DetachedView final : public at::functionalization::ViewMeta {
   bool is_open_ = false;
 };
 
+[[noreturn]] void refuse_overlap(const at::Tensor& tensor) {
+  TORCH_CHECK(false, "functionalize: an in-place operator writes into a tensor of shape ", tensor.sym_sizes(),
+              " in which several elements are one place in memory, as after expand(). Write into its clone().");
+}
+
+// Marks a copy that stands for a view larger than its memory: the strides do not tell.
+class ExpandedCopy final : public at::functionalization::ViewMeta {
+ public:
+  ExpandedCopy() : ViewMeta(/*has_symbolic_inputs=*/false) {}
+  at::Tensor forward(const at::Tensor& base) override { return base; }
+  at::Tensor reverse(const at::Tensor&, const at::Tensor& view) override { refuse_overlap(view); }
+};
+
 // The detached view through which all tensors of this memory are seen, or null.
 DetachedView* common_detached_view(const at::Tensor& tensor) {
   for (const auto& view : impl_of(tensor).view_metas()) {
@@ -153,6 +169,44 @@ bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
 at::Tensor differentiable_copy(const at::Tensor& target, const at::Tensor& source) {
   const auto same_type = at::_to_copy(source, target.options());
   return at::where(at::ones_like(target, at::kBool), same_type, target);
+}
+
+std::vector<c10::SymInt> layout_of(const at::Tensor& value) {
+  auto layout = value.sym_strides().vec();
+  layout.push_back(value.sym_storage_offset());
+  return layout;
+}
+
+// Whether PyTorch's way to write the results into `out` needs memory, or leaves something out.
+bool needs_functional_form(const c10::OperatorHandle& op) {
+  static const std::unordered_set<std::string> names{"aten::matmul", "aten::kron", "aten::linalg_matrix_rank",
+                                                     "aten::_native_batch_norm_legit"};
+  return names.count(op.operator_name().name) > 0 && is_out_form(op.schema()) && find_sibling(op) != nullptr;
+}
+
+// Gives the arguments for results the results of the functional form.
+void run_as_functional_form(const c10::OperatorHandle& op, Stack& stack) {
+  const auto* form = find_sibling(op);
+  const Stack arguments = torch::jit::pop(stack, count_arguments(op));
+  auto results = form->arguments(arguments);
+  form->op.callBoxed(&results);
+  const auto first = arguments.size() - results.size();
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto out = arguments[first + i].toTensor();
+    const auto result = results[i].toTensor();
+    if (out.sym_sizes() != result.sym_sizes()) out.resize__symint(result.sym_sizes());
+    out.copy_(result);
+    stack.emplace_back(out);
+  }
+}
+
+// Forms that differ from another operator in nothing but that they do not say that they make views.
+std::optional<c10::OperatorHandle> view_that_says_so(const c10::OperatorHandle& op) {
+  static const auto split = find_operator("unsafe_split.Tensor");
+  static const auto split_with_sizes = find_operator("unsafe_split_with_sizes");
+  if (op == split) return find_operator("split.Tensor");
+  if (op == split_with_sizes) return find_operator("split_with_sizes");
+  return std::nullopt;
 }
 
 // In-place operators whose result does not depend on what was there before. The forms that PyTorch's functionalization
@@ -205,21 +259,46 @@ bool draw_in_order_of_memory(const c10::OperatorHandle& op, Stack& stack) {
   return true;
 }
 
-// PyTorch's operators count the writes into what they return. Others (the statistics of batch norm, the noise of rrelu)
-// are not seen by those who have saved the tensor.
-bool counts_writes(const c10::OperatorHandle& op) {
-  const auto& returns = op.schema().returns();
-  const auto is_written = [](const c10::Argument& result) { return result.alias_info() != nullptr; };
-  return op.operator_name().getNamespace() != "aten" || returns.empty() ||
-         std::any_of(returns.begin(), returns.end(), is_written);
+// as_strided looks at the memory, so the views before it do not matter, and PyTorch can undo it only if there are none.
+void start_from_memory(c10::IValue* arguments, size_t n) {
+  const auto view = arguments[0].toTensor();
+  const auto& views = impl_of(view).view_metas();
+  const auto is_cut = [](const auto& meta) {
+    const auto* detached = dynamic_cast<const DetachedView*>(meta.get());
+    return detached != nullptr && !detached->is_open();
+  };
+  if (views.empty() || std::any_of(views.begin(), views.end(), is_cut)) return;
+  auto whole = at::detail::make_tensor<at::FunctionalTensorWrapper>(memory_behind(view).base());
+  whole.unsafeGetTensorImpl()->set_storage_keep_dtype(view.storage());
+  if (arguments[n - 1].isNone()) arguments[n - 1] = impl_of(view).value().sym_storage_offset();
+  arguments[0] = std::move(whole);
+}
+
+// Whether all tensors that the operator writes, or makes views of, have memory with strides.
+bool all_dense(const c10::OperatorHandle& op, const c10::IValue* arguments) {
+  bool result = true;
+  for (size_t i = 0; i < count_arguments(op); ++i) {
+    if (op.schema().arguments()[i].alias_info() == nullptr) continue;
+    for_each_tensor(arguments + i, 1, [&](const at::Tensor& tensor) { result &= is_dense(tensor); });
+  }
+  return result;
+}
+
+bool writes_beside_any(const c10::FunctionSchema& schema) {
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias != nullptr && alias->isWrite() && writes_beside_results(schema, i)) return true;
+  }
+  return false;
 }
 
 // Whether this is a batch norm that writes running statistics, which its schema does not say.
+constexpr size_t kRunningMean = 3;
+constexpr size_t kRunningVar = 4;
+constexpr size_t kTraining = 5;
 bool updates_statistics(const c10::OperatorHandle& op, const c10::IValue* arguments) {
   static const std::unordered_set<std::string> names{"aten::native_batch_norm", "aten::cudnn_batch_norm",
                                                      "aten::miopen_batch_norm"};
-  constexpr size_t kRunningMean = 3;
-  constexpr size_t kTraining = 5;
   if (names.count(op.operator_name().name) == 0 || !op.operator_name().overload_name.empty()) return false;
   const auto& mean = arguments[kRunningMean];
   return mean.isTensor() && mean.toTensor().defined() && arguments[kTraining].toBool();
@@ -256,8 +335,15 @@ void call_functionalized(const c10::OperatorHandle& op, Stack& stack, bool keep_
       return tensor;
     });
   }
+  static const std::array overlapping{find_operator("expand"), find_operator("unfold"), find_operator("as_strided")};
+  const bool may_overlap_itself = !keep_views && std::find(overlapping.begin(), overlapping.end(), op) != overlapping.end();
+  const auto source = may_overlap_itself ? arguments[0].toTensor() : at::Tensor();
   const functional::FunctionalizationReapplyViewsGuard views(keep_views);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Functionalize), &stack);
+  if (!source.defined() || source.sym_numel() >= stack.back().toTensor().sym_numel()) return;
+  const auto expanded = stack.back().toTensor();
+  stack.back() = at::detail::make_tensor<at::FunctionalTensorWrapper>(impl_of(expanded).value(), &impl_of(expanded),
+                                                                      std::make_shared<ExpandedCopy>());
 }
 
 }  // namespace
@@ -391,15 +477,16 @@ at::Tensor FunctionalizeLevel::prepare_write(const at::Tensor& inside) {
   const auto& tensor = as_wrapper(inside)->functional();
   sync(tensor);
   auto& memory = memory_behind(tensor);
-  TORCH_CHECK(at::has_internal_overlap(impl_of(tensor).value().unsafeGetTensorImpl()) != at::MemOverlap::Yes,
-              "functionalize: an in-place operator writes into a tensor of shape ", inside.sym_sizes(),
-              " in which several elements are one place in memory, as after expand(). Write into its clone().");
+  if (at::has_internal_overlap(impl_of(tensor).value().unsafeGetTensorImpl()) == at::MemOverlap::Yes) {
+    refuse_overlap(inside);
+  }
   if (auto* view = common_detached_view(tensor)) {
     const RunBelowAll below(*this);
     if (may_be_differentiated(memory.base())) memory.add_update(at::detach(memory.base()), {});
     view->open();
     functional::sync(tensor);
   }
+  layouts_.try_emplace(&memory, place_of(tensor), layout_of(memory.base()));
   constexpr Derivatives recorded{.reverse = true, .forward = false};
   if (!at::GradMode::is_enabled() && recorded.may_be_of(memory.base())) {
     before_no_grad_.try_emplace(&memory, place_of(tensor), memory.base());
@@ -407,9 +494,18 @@ at::Tensor FunctionalizeLevel::prepare_write(const at::Tensor& inside) {
   return tensor;
 }
 
-void FunctionalizeLevel::finish_write(const at::Tensor& inside, bool is_counted) {
+// as_strided looks at the memory, and a new value may be laid out in another way.
+void FunctionalizeLevel::refuse_moved(const at::Tensor& tensor, bool has_offset) const {
+  const auto before = layouts_.find(&memory_behind(tensor));
+  const bool moved = before != layouts_.end() && before->second.second != layout_of(memory_behind(tensor).base());
+  TORCH_CHECK_VALUE(!moved && (keep_views_ || !has_offset || impl_of(tensor).isBaseTensor()),
+                    "functionalize: as_strided of ", moved ? "a tensor that was written" : "a view",
+                    " needs the memory as it was, and here it is a new one. Use other view operators.");
+}
+
+void FunctionalizeLevel::finish_write(const at::Tensor& inside, bool counted) {
   const auto* wrapper = as_wrapper(inside);
-  if (is_counted) inside.unsafeGetTensorImpl()->bump_version();
+  if (counted) inside.unsafeGetTensorImpl()->bump_version();
   auto& memory = memory_behind(wrapper->functional());
   if (memory.base().is_conj() || memory.base().is_neg()) {  // through such a view
     const RunBelowAll below(*this);
@@ -421,9 +517,17 @@ void FunctionalizeLevel::finish_write(const at::Tensor& inside, bool is_counted)
 }
 
 void FunctionalizeLevel::remember_shape(const c10::OperatorHandle& op, const at::Tensor& inside, Stack arguments) {
-  const auto known = by_memory_.find(&memory_behind(as_wrapper(inside)->functional()));
-  if (known == by_memory_.end() || !from_outside_[known->second].inside.is_same(inside)) return;
-  from_outside_[known->second].reshaped.emplace_back(op, std::move(arguments));
+  const auto known = std::find_if(from_outside_.begin(), from_outside_.end(),
+                                  [&](const FromOutside& tensor) { return tensor.inside.is_same(inside); });
+  if (known == from_outside_.end()) return;
+  known->reshaped.emplace_back(op, std::move(arguments));
+  static const auto resize = find_operator("resize_");
+  if (op != resize) return;
+  // It may have got another memory, and is the same tensor outside.
+  const auto& tensor = as_wrapper(inside)->functional();
+  known->memory = place_of(tensor);
+  by_memory_.emplace(&memory_behind(tensor), known - from_outside_.begin());
+  written_outside_.insert(&memory_behind(tensor));
 }
 
 void FunctionalizeLevel::write(const at::Tensor& target, const at::Tensor& value) {
@@ -433,7 +537,7 @@ void FunctionalizeLevel::write(const at::Tensor& target, const at::Tensor& value
     const RunBelowAll below(*this);
     replace(tensor, value);
   }
-  finish_write(inside, /*is_counted=*/true);
+  finish_write(inside);
 }
 
 // Of two tensors from outside that share memory, the one that was not written is out of date.
@@ -479,6 +583,7 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
     if (tensor.is_complex() && wrapper_at(tensor, this) != nullptr) as_wrapper(tensor)->value();
   });
+  if (needs_functional_form(op)) return run_as_functional_form(op, stack);
   if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) return run_composition(op, stack);
   if (op == conj && is_number(stack.back().toTensor())) {
     stack.back() = conjugate_of_number(stack.back().toTensor());
@@ -488,9 +593,14 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
   if (draw_in_order_of_memory(op, stack)) return;
   if (op == detach || op == detach_in_place) return run_detach(op, stack);
   // What torch.tensor has made just now looks like a view.
+  if (const auto view = view_that_says_so(op)) return view->callBoxed(&stack);
   const auto aliasing = aliasing_of(op.schema());
+  // PyTorch's functional forms of these save their old values for the backward pass, or have no derivative.
+  const bool writes_beside = updates_statistics(op, arguments) || writes_beside_any(op.schema());
+  if (writes_beside && is_differentiated_below(arguments, n)) return run_on_copies(op, stack);
   if (updates_statistics(op, arguments)) return run_batch_norm(op, stack);
   if (!aliasing.any || op == lift_fresh) return run_without_aliases(op, stack);
+  if (!all_dense(op, arguments)) return run_on_values(op, stack);
   if (op.hasKernelForDispatchKey(c10::DispatchKey::Functionalize)) return run_functionalized(op, stack);
   // The few others of PyTorch are composed of its own operators.
   constexpr auto kExplicit = c10::DispatchKey::CompositeExplicitAutograd;
@@ -502,10 +612,11 @@ void FunctionalizeLevel::run(const c10::OperatorHandle& op, Stack& stack) {
 // A composition may make views, and write, and so it runs here. One that has none of this and that levels take apart in
 // their own way is left to them.
 void FunctionalizeLevel::run_composition(const c10::OperatorHandle& op, Stack& stack) {
-  const auto plain = parent() != nullptr ? find_plain_composition(op.operator_name()) : nullptr;
-  if (plain == nullptr) return op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
-  if (aliasing_of(op.schema()).any) return plain(op, stack);
-  run_without_aliases(op, stack);
+  const auto plain = find_plain_composition(op.operator_name());
+  const bool aliases = aliasing_of(op.schema()).any;
+  if (plain != nullptr && aliases) return plain(op, stack);
+  if (plain != nullptr && parent() != nullptr) return run_without_aliases(op, stack);
+  op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
 }
 
 void FunctionalizeLevel::run_without_aliases(const c10::OperatorHandle& op, Stack& stack) {
@@ -517,6 +628,14 @@ void FunctionalizeLevel::run_without_aliases(const c10::OperatorHandle& op, Stac
   }
   const auto count = op.schema().returns().size();
   replace_tensors(stack.data() + stack.size() - count, count, [&](const at::Tensor& value) { return lift_new(value); });
+}
+
+// Sparse tensors have no functional form: they are written and viewed as they are.
+void FunctionalizeLevel::run_on_values(const c10::OperatorHandle& op, Stack& stack) {
+  const auto n = count_arguments(op);
+  replace_tensors(stack.data() + stack.size() - n, n, [&](const at::Tensor& tensor) { return readable(tensor); });
+  const RunBelow below(*this);
+  op.callBoxed(&stack);
 }
 
 void FunctionalizeLevel::run_detach(const c10::OperatorHandle& op, Stack& stack) {
@@ -539,13 +658,15 @@ void FunctionalizeLevel::run_functionalized(const c10::OperatorHandle& op, Stack
   const auto& schema = op.schema();
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
+  static const auto as_strided = find_operator("as_strided");
+  static const auto as_strided_in_place = find_operator("as_strided_");
   struct Aliased {
     at::Tensor functional;
     at::Tensor argument;
     at::Tensor inside;
   };
   std::vector<Aliased> aliased;
-  std::vector<at::Tensor> written;
+  std::vector<std::pair<at::Tensor, bool>> written;
   const Stack behind_first = op.hasTag(at::Tag::inplace_view) ? Stack(arguments + 1, arguments + n) : Stack();
   for (size_t i = 0; i < n; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
@@ -554,18 +675,20 @@ void FunctionalizeLevel::run_functionalized(const c10::OperatorHandle& op, Stack
       refuse_stale(tensor);
       if (alias == nullptr && op != set_from_tensor) return value_of(tensor);
       const auto inside = lift(tensor);
-      if (wrapper_at(inside, this) == nullptr) return inside;
       if (writes) {
-        written.push_back(inside);
+        written.emplace_back(inside, !writes_beside_results(schema, i));
         prepare_write(inside);
       }
       sync(as_wrapper(inside)->functional());
+      const bool strides = op == as_strided || op == as_strided_in_place;
+      if (strides) refuse_moved(as_wrapper(inside)->functional(), !arguments[n - 1].isNone());
       aliased.push_back({as_wrapper(inside)->functional(), tensor, inside});
       return aliased.back().functional;
     });
   }
   const bool unrecorded = written.empty() && !at::GradMode::is_enabled();
   const auto count = schema.returns().size();
+  if (op == as_strided && keep_views_) start_from_memory(arguments, n);
   {
     const RunBelow below(*this);
     call_functionalized(op, stack, keep_views_);
@@ -577,8 +700,8 @@ void FunctionalizeLevel::run_functionalized(const c10::OperatorHandle& op, Stack
       });
     }
   }
-  for (const auto& target : written) finish_write(target, counts_writes(op));
-  if (op.hasTag(at::Tag::inplace_view)) remember_shape(op, written[0], behind_first);
+  for (const auto& [target, counted] : written) finish_write(target, counted);
+  if (op.hasTag(at::Tag::inplace_view)) remember_shape(op, written[0].first, behind_first);
   replace_tensors(stack.data() + stack.size() - count, count, [&](const at::Tensor& result) {
     if (!functional::isFunctionalTensor(result)) return lift_new(result);
     for (const auto& [tensor, argument, inside] : aliased) {
@@ -592,6 +715,12 @@ void FunctionalizeLevel::run_functionalized(const c10::OperatorHandle& op, Stack
   });
 }
 
+bool FunctionalizeLevel::is_differentiated_below(const c10::IValue* arguments, size_t n) const {
+  bool result = false;
+  for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { result |= may_be_differentiated(value_of(tensor)); });
+  return result;
+}
+
 // An operator that PyTorch cannot functionalize writes into copies.
 void FunctionalizeLevel::run_on_copies(const c10::OperatorHandle& op, Stack& stack) {
   const auto& schema = op.schema();
@@ -602,19 +731,25 @@ void FunctionalizeLevel::run_on_copies(const c10::OperatorHandle& op, Stack& sta
     at::Tensor inside;
     at::Tensor functional;
     at::Tensor value;
+    bool counted;
   };
   std::vector<Target> targets;
+  const bool has_statistics = updates_statistics(op, arguments);
+  const auto is_written = [&](size_t i) {
+    return schema.arguments()[i].alias_info() != nullptr ||
+           (has_statistics && (i == kRunningMean || i == kRunningVar));
+  };
   for (size_t i = 0; i < n; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
     TORCH_CHECK_NOT_IMPLEMENTED(alias == nullptr || alias->isWrite(), "functionalize: the operator ",
                                 op.operator_name(), " returns views, and PyTorch has no functional form of it. Have it "
                                 "return copies, or compose it of PyTorch's view operators.");
     replace_tensors(arguments + i, 1, [&](const at::Tensor& tensor) {
-      if (alias == nullptr) return readable(tensor);
+      if (!is_written(i)) return readable(tensor);
       refuse_stale(tensor);
       const auto inside = lift(tensor);
       const auto target = prepare_write(inside);
-      targets.push_back({inside, target, impl_of(target).value()});
+      targets.push_back({inside, target, impl_of(target).value(), !writes_beside_results(schema, i)});
       return targets.back().value;
     });
   }
@@ -626,7 +761,7 @@ void FunctionalizeLevel::run_on_copies(const c10::OperatorHandle& op, Stack& sta
       values.emplace();
       size_t next = 0;
       for (size_t i = 0; i < n; ++i) {
-        if (schema.arguments()[i].alias_info() == nullptr) continue;
+        if (!is_written(i)) continue;
         replace_tensors(stack.data() + stack.size() - n + i, 1, [&](const at::Tensor&) {
           values->push_back(at::clone(targets[next++].value));
           return values->back();
@@ -636,7 +771,7 @@ void FunctionalizeLevel::run_on_copies(const c10::OperatorHandle& op, Stack& sta
     }
     for (size_t i = 0; i < targets.size(); ++i) replace(targets[i].functional, (*values)[i]);
   }
-  for (const auto& target : targets) finish_write(target.inside, counts_writes(op));
+  for (const auto& target : targets) finish_write(target.inside, target.counted);
   auto* results = stack.data() + stack.size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {
     const auto index = written_argument(schema, i);
@@ -657,6 +792,15 @@ void Wrapper::follow_memory() {
   value_ = current;
   copy_keys_from_value();
   refresh();
+  show_derivative();
+}
+
+// For code that asks, as compositions do that choose between kernels. No autograd sees the wrapper.
+void Wrapper::show_derivative() {
+  const bool shows = requires_grad();
+  const bool is_number = at::isFloatingType(value_.scalar_type()) || at::isComplexType(value_.scalar_type());
+  const bool is_differentiated = is_number && may_be_differentiated(value_);
+  if (shows != is_differentiated) set_requires_grad(is_differentiated);
 }
 
 void Wrapper::take_functional(at::Tensor functional) {

@@ -79,6 +79,8 @@ class FunctionalizeLevel final : public Level {
   void run_detach(const c10::OperatorHandle& op, Stack& stack);
   void run_functionalized(const c10::OperatorHandle& op, Stack& stack);
   void run_on_copies(const c10::OperatorHandle& op, Stack& stack);
+  bool is_differentiated_below(const c10::IValue* arguments, size_t n) const;
+  void run_on_values(const c10::OperatorHandle& op, Stack& stack);
 
   at::Tensor wrap_functional(at::Tensor functional, const c10::VariableVersion& version);
   const FromOutside* find_outside(Memory memory) const;
@@ -87,7 +89,9 @@ class FunctionalizeLevel final : public Level {
   at::Tensor readable(const at::Tensor& tensor) const;
   void refuse_stale(const at::Tensor& tensor) const;
   at::Tensor prepare_write(const at::Tensor& inside);
-  void finish_write(const at::Tensor& inside, bool is_counted);
+  // `counted`: for autograd, which then knows that what it has saved is out of date.
+  void finish_write(const at::Tensor& inside, bool counted = true);
+  void refuse_moved(const at::Tensor& functional, bool has_offset) const;
   void restore_derivative(const at::Tensor& functional) const;
 
   bool keep_views_;
@@ -98,6 +102,8 @@ class FunctionalizeLevel final : public Level {
   std::unordered_set<Memory> written_outside_;
   // What was written without recording, and the value that has the derivative.
   mutable std::unordered_map<Memory, std::pair<MemoryPlace, at::Tensor>> before_no_grad_;
+  // How memories that were written were laid out before: strides and offset.
+  std::unordered_map<Memory, std::pair<MemoryPlace, std::vector<c10::SymInt>>> layouts_;
 };
 
 }  // namespace functorch_lite

@@ -46,6 +46,7 @@ Wrapper::Wrapper(at::Tensor value, LevelPtr level, at::Tensor functional, const 
   // A write makes a new value, and is not one into the old one.
   set_version_counter(version);
   refresh();
+  show_derivative();
 }
 
 Wrapper::~Wrapper() = default;
@@ -85,6 +86,10 @@ void Wrapper::refresh() {
     }
     set_sizes_and_strides(sizes, strides, impl->sym_storage_offset());
     return;
+  }
+  if (C10_UNLIKELY(has_symbolic_sizes_strides_)) {  // until tracing has found what they are
+    has_symbolic_sizes_strides_ = false;
+    refresh_sizes_strides_policy();
   }
   if (bdim_ == kNoBatchDim) {
     set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());

@@ -69,6 +69,7 @@ class Wrapper final : public c10::TensorImpl {
  private:
   // Takes the value that the functional tensor has now.
   void follow_memory();
+  void show_derivative();
   c10::intrusive_ptr<c10::TensorImpl> detached_copy() const;
   void copy_keys_from_value();
   void share_storage();

@@ -52,6 +52,16 @@ class AutodiffLevel(Level):
         keep_graph: bool,
     ) -> list[torch.Tensor | None]: ...
 
+    @staticmethod
+    def gradients(
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        keep_graph: bool,
+        create_graph: bool,
+        allow_unused: bool,
+    ) -> list[torch.Tensor | None]: ...
+
 class FunctionalizeLevel(Level):
     def __init__(self, keep_views: bool) -> None: ...
     @property

@@ -142,7 +142,7 @@ def name_of_tensor(tensor: Tensor) -> str:
     """What the user's program calls a tensor, or the one that it is a view of; an empty string if nobody names it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != _MAPPING:
-        for name, candidate in _named_tensors(frame) if not frame.f_code.co_filename.startswith(_OURS) else ():
+        for name, candidate in _named_tensors(frame) if not frame.f_code.co_filename.startswith(_LIBRARIES) else ():
             if _is_view_of(tensor, candidate):
                 return name
         frame = frame.f_back

@@ -1,5 +1,6 @@
 // Tensors made in the image of a batched one.
 #include <ATen/ops/as_strided.h>
+#include <ATen/ops/new_empty_strided.h>
 #include <ATen/ops/new_zeros.h>
 #include <c10/core/MemoryFormat.h>
 
@@ -8,25 +9,28 @@
 namespace functorch_lite {
 namespace {
 
-// Zeros z[B,*] of which each example has the given layout: the examples lie behind each other. Made from `like`, so
-// that they are batched further down wherever it is.
-at::Tensor zeros_with_layout(const at::Tensor& like, const c10::TensorOptions& options, const c10::SymInt& batch_size,
-                             std::vector<c10::SymInt> sizes, std::vector<c10::SymInt> strides,
-                             const c10::SymInt& offset) {
-  c10::SymInt extent = offset + 1;
-  for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1).max(0);
-  sizes.insert(sizes.begin(), batch_size);
-  strides.insert(strides.begin(), extent);
-  return at::as_strided_symint(like.new_zeros_symint({batch_size * extent}, options), sizes, strides, offset);
-}
+// z[B,*] of which each example has the given layout: the examples lie behind each other.
+struct BatchLayout {
+  std::vector<c10::SymInt> sizes;
+  std::vector<c10::SymInt> strides;
+  c10::SymInt offset;
+  c10::SymInt extent;
+
+  BatchLayout(const c10::SymInt& batch_size, std::vector<c10::SymInt> s, std::vector<c10::SymInt> t, c10::SymInt start)
+      : sizes(std::move(s)), strides(std::move(t)), offset(std::move(start)), extent(offset + 1) {
+    for (size_t d = 0; d < sizes.size(); ++d) extent = extent + strides[d] * (sizes[d] - 1).max(0);
+    sizes.insert(sizes.begin(), batch_size);
+    strides.insert(strides.begin(), extent);
+  }
+};
 
 void new_empty_strided_rule(BatchCall& call) {
   const auto& x = call.to_front(0);
   auto options = x.options();
   if (!call.arg("dtype").isNone()) options = options.dtype(call.arg("dtype").toScalarType());
   if (!call.arg("device").isNone()) options = options.device(call.arg("device").toDevice());
-  call.set_results(zeros_with_layout(x, options, call.batch_size(), call.arg("size").toSymIntVector(),
-                                     call.arg("stride").toSymIntVector(), 0));
+  const BatchLayout layout(call.batch_size(), call.arg("size").toSymIntVector(), call.arg("stride").toSymIntVector(), 0);
+  call.set_results(x.new_empty_strided_symint(layout.sizes, layout.strides, options));
   call.finish();
 }
 
@@ -39,8 +43,14 @@ void tangent_zeros_rule(BatchCall& call) {
     sizes.erase(sizes.begin());
     strides.erase(strides.begin());
   }
-  call.set_results(zeros_with_layout(call.tensor(0), other.options(), call.batch_size(), sizes, strides,
-                                     other.sym_storage_offset()));
+  const BatchLayout layout(call.batch_size(), sizes, strides, other.sym_storage_offset());
+  const auto is_zero = [](const c10::SymInt& n) { return n.maybe_as_int() == 0; };
+  if (is_zero(layout.offset) && std::none_of(layout.strides.begin(), layout.strides.end(), is_zero)) {
+    call.set_results(call.tensor(0).new_empty_strided_symint(layout.sizes, layout.strides, other.options()).zero_());
+    return call.finish();
+  }
+  const auto memory = call.tensor(0).new_zeros_symint({call.batch_size() * layout.extent}, other.options());
+  call.set_results(at::as_strided_symint(memory, layout.sizes, layout.strides, layout.offset));
   call.finish();
 }
 

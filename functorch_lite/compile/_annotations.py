@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import linecache
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = (_PACKAGE, os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
+
+#: Where the traced function and its backward pass are called.
+_RUN = os.path.join(os.path.dirname(__file__), "_run.py")
+_MODULES = os.path.dirname(nn.modules.__file__) + os.sep
 
 #: On nodes that ran during the backward pass.
 BACKWARD_TAG = "is_backward"
@@ -37,6 +43,7 @@ class Annotations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph, self._modules = graph, modules
         self._sources: dict[int, dict[str, Any]] = {}
+        self._numbers: list[int] = []  # sorted
         self._seen = len(graph.nodes)
         self.in_backward = False
 
@@ -56,33 +63,55 @@ class Annotations(TorchDispatchMode):
         self._seen = len(self._graph.nodes)
 
     def _meta(self) -> dict[str, Any]:
-        if self.in_backward:
-            running = torch._C._current_autograd_node()
-            source = self._sources.get(running._sequence_nr(), {}) if running is not None else {}
-            return {**source, "partitioner_tag": BACKWARD_TAG}
         meta: dict[str, Any] = {}
         if trace := _user_stack():
             meta["stack_trace"] = trace
+        if self.in_backward:
+            return {**self._source_of_running_node(), **meta, "partitioner_tag": BACKWARD_TAG}
         if self._modules.current:
             meta["nn_module_stack"] = dict(self._modules.current)
         # The operator that is running took its number before it came here.
-        self._sources.setdefault(torch._C._autograd._get_sequence_nr() - 1, meta)
+        number = torch._C._autograd._get_sequence_nr() - 1
+        if number not in self._sources:
+            bisect.insort(self._numbers, number)
+            self._sources[number] = meta
         return meta
+
+    def _source_of_running_node(self) -> dict[str, Any]:
+        """Of the operator that made it, or, if autograd made it for several, the last one before."""
+        running = torch._C._current_autograd_node()
+        if running is None:
+            return {}
+        i = bisect.bisect_right(self._numbers, running._sequence_nr())
+        return self._sources[self._numbers[i - 1]] if i else {}
 
 
 def _user_stack() -> str:
-    """The frames of user code inside the traced function, innermost last, as a traceback prints them."""
-    lines = []
-    frame = sys._getframe(1)
-    while frame is not None and not (
-        frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_code.co_name == "call_traced"
-    ):
+    """The frames of user code that the traced function, or its backward pass, is in, as a traceback prints them.
+
+    Where a library calls itself, its innermost module stands for the user's code.
+    """
+    lines: list[str] = []
+    module = ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _begins_run(frame):
         name = frame.f_code.co_filename
         if not name.startswith(_LIBRARIES):
-            code = linecache.getline(name, frame.f_lineno).strip()
-            lines.append(f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n')
-        frame = frame.f_back  # type: ignore[assignment]
-    return "".join(reversed(lines))
+            lines.append(_line(frame))
+        elif name.startswith(_MODULES) and frame.f_code.co_name == "forward":
+            module = module or _line(frame)
+        frame = frame.f_back
+    return ("".join(reversed(lines)) or module) if frame is not None else ""
+
+
+def _begins_run(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == _RUN and frame.f_code.co_name in ("forward", "backward")
+
+
+def _line(frame: FrameType) -> str:
+    name = frame.f_code.co_filename
+    code = linecache.getline(name, frame.f_lineno).strip()
+    return f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'
 
 
 class ModuleStack:

@@ -117,13 +117,13 @@ def _base_of(tensor: Tensor) -> Tensor:
 
 
 def dynamic_shape_key(tensor: Tensor) -> Any:
-    """Sizes 0 and 1, which are never symbols; the guards of a graph speak of the others."""
-    return tuple(size if size < 2 else -1 for size in tensor.shape), _order(tensor)
+    """Sizes 0 and 1, which are never symbols; the guards of a graph speak of the others.
 
-
-def _order(tensor: Tensor) -> Any:
-    strides = tensor.stride()
-    return tensor.is_contiguous() or tuple(sorted(range(tensor.dim()), key=lambda i: (-strides[i], i)))
+    How strides depend on sizes is known for a contiguous tensor only.
+    """
+    if not tensor.is_contiguous():
+        return static_shape_key(tensor)
+    return tuple(size if size < 2 else -1 for size in tensor.shape)
 
 
 def _static_key(static: Any) -> Any:

@@ -1,16 +1,21 @@
-"""Inputs that lie in one memory, which the function writes: they become views of one input, their base."""
+"""Inputs that become views of others.
+
+Inputs that lie in one memory, which the function writes, become views of one input, their base. A conjugated or negated
+view becomes the view of what it is made of: a graph takes tensors as they lie in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functorch_lite.compile import _checks
-from functorch_lite.compile._trace import Input, Write
+from functorch_lite.compile._effects import Write
+from functorch_lite.compile._run import Input
 
 
 @dataclass
@@ -24,17 +29,32 @@ class _Member:
     is_base: bool
 
 
+@dataclass
+class _Bits:
+    """An input as a conjugated or negated view of another."""
+
+    place: int
+    is_conj: bool
+    is_neg: bool
+
+    def __call__(self, tensors: Sequence[Any]) -> Any:
+        x = tensors[self.place]
+        x = torch._neg_view(x) if self.is_neg else x
+        return x.conj() if self.is_conj else x
+
+
 class Bases:
-    """The inputs of a function, with bases in the place of inputs that share memory."""
+    """The inputs of a function, with others in the place of views."""
 
     def __init__(self, groups: list[list[int]], tensors: Sequence[Tensor]) -> None:
         self._groups = groups
         grouped = {i for group in groups for i in group}
         self._others = [i for i in range(len(tensors)) if i not in grouped]
         bases = [self._base(group, tensors) for group in groups]
-        self._places: list[int | _Member] = [0] * len(tensors)
-        for place, i in enumerate(self._others):
-            self._places[i] = len(bases) + place
+        self._places: list[int | _Member | _Bits] = [0] * len(tensors)
+        for place, i in enumerate(self._others, start=len(bases)):
+            x = tensors[i]
+            self._places[i] = _Bits(place, x.is_conj(), x.is_neg()) if x.is_conj() or x.is_neg() else place
         for number, group in enumerate(groups):
             for i in group:
                 tensor = tensors[i]
@@ -44,16 +64,20 @@ class Bases:
 
     def tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Bases and other inputs, for the original ones."""
-        return [self._base(group, tensors) for group in self._groups] + [tensors[i] for i in self._others]
+        return [self._base(group, tensors) for group in self._groups] + [
+            _without_bits(tensors[i]) for i in self._others
+        ]
 
     def inputs(self, inputs: Sequence[Input], tensors: Sequence[Tensor]) -> list[Input]:
         """The same for what describes them."""
+        bases = self.tensors(tensors)
         result = []
-        for group, base in zip(self._groups, self.tensors(tensors), strict=False):
+        for group, base in zip(self._groups, bases, strict=False):
             name = "_".join(["base_of", *(inputs[i].name for i in group)])
-            differentiated = base.requires_grad and torch.is_grad_enabled()
-            result.append(Input(name, base, differentiated, base.is_leaf))
-        return result + [inputs[i] for i in self._others]
+            result.append(Input(name, base, base.requires_grad, base.is_leaf))
+        for i, x in zip(self._others, bases[len(result) :], strict=True):
+            result.append(replace(inputs[i], tensor=x, is_leaf=x.is_leaf))
+        return result
 
     def function(self, function: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
         """``function``, taking bases and other inputs."""
@@ -64,9 +88,11 @@ class Bases:
         return of_bases
 
     @staticmethod
-    def _view(place: int | _Member, tensors: list[Any]) -> Any:
+    def _view(place: int | _Member | _Bits, tensors: list[Any]) -> Any:
         if isinstance(place, int):
             return tensors[place]
+        if isinstance(place, _Bits):
+            return place(tensors)
         base = tensors[place.base]
         return base if place.is_base else base.as_strided(place.size, place.stride, place.offset)
 
@@ -77,14 +103,25 @@ class Bases:
         bases = [x if x._base is None else x._base for x in members]
         if all(base is bases[0] for base in bases):
             return bases[0]
-        if any(x.requires_grad for x in members) or len({x.dtype for x in members}) > 1:
+        has_bits = any(x.is_conj() or x.is_neg() for x in members)
+        if has_bits or any(x.requires_grad for x in members) or len({x.dtype for x in members}) > 1:
             _checks.refuse_shared_memory()
         storage = members[0].untyped_storage()
         size = storage.nbytes() // members[0].element_size()
         return torch.empty(0, dtype=members[0].dtype, device=members[0].device).set_(storage, 0, (size,), (1,))
 
 
-def find(writes: Sequence[Write], shared: list[list[int]], tensors: Sequence[Tensor]) -> Bases | None:
+def _without_bits(tensor: Tensor) -> Tensor:
+    x = tensor.conj() if tensor.is_conj() else tensor
+    return torch._neg_view(x) if x.is_neg() else x
+
+
+def of_views(tensors: Sequence[Tensor]) -> Bases | None:
+    """What conjugated and negated views are made of, or None if there are none."""
+    return Bases([], tensors) if any(x.is_conj() or x.is_neg() for x in tensors) else None
+
+
+def of_written(writes: Sequence[Write], shared: list[list[int]], tensors: Sequence[Tensor]) -> Bases | None:
     """The bases of inputs that share memory and of which one is written, or None."""
     written = {write.input for write in writes}
     groups = [group for group in shared if written.intersection(group)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from functorch_lite import _C
 from functorch_lite.compile import _arguments, _bases, _levels, _trace
 from functorch_lite.compile._arguments import Arguments
+from functorch_lite.compile._run import Input
 from functorch_lite.compile._specialization import Options, Specialization
 
 #: From leaves and their structure to leaves and the structure of the output.
@@ -21,6 +24,8 @@ LeavesFunction = Callable[[list[Any], Any], tuple[list[Any], Any]]
 
 _all: weakref.WeakSet[CompiledLeaves] = weakref.WeakSet()
 _compilations = 0
+#: The tracer replaces functions of PyTorch while it runs.
+_tracing = threading.RLock()
 
 
 def clear_compile_cache() -> None:
@@ -89,9 +94,10 @@ class CompiledLeaves:
             if entry.is_valid(arguments.tensors):
                 return entry
         global _compilations
-        _compilations += 1
-        entries.append(_Entry(self, arguments, structure, names(), shared))
-        return entries[-1]
+        with _tracing:
+            _compilations += 1
+            entries.append(_Entry(self, arguments, structure, names(), shared))
+            return entries[-1]
 
     def is_dynamic(self, i: int) -> bool:
         """Whether the sizes of tensor i may be symbols."""
@@ -126,22 +132,30 @@ class _Entry:
         sharing = {i for group in shared for i in group}
         by_tensor = dict(zip(arguments.places, names, strict=True))
         inputs = [
-            _trace.Input(
+            Input(
                 by_tensor[i],
                 tensor,
-                tensor.requires_grad and torch.is_grad_enabled(),
+                tensor.requires_grad,
                 tensor.is_leaf,
                 compiled.is_dynamic(i) and i not in sharing,
                 i in sharing,
             )
             for i, tensor in enumerate(arguments.tensors)
         ]
-        trace = self._traced(function, inputs, compiled.options)
-        self._bases = _bases.find(trace.writes, shared, arguments.tensors)
-        if self._bases is not None:
-            inputs = self._bases.inputs(inputs, arguments.tensors)
-            trace = self._traced(self._bases.function(function), inputs, compiled.options)
-        self._count = len(inputs)
+
+        def traced(bases: _bases.Bases | None) -> _trace.Trace:
+            of_bases = function if bases is None else bases.function(function)
+            taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
+            self._count = len(taken)
+            options = compiled.options
+            return _trace.trace(of_bases, taken, options.decompositions, self._shape_env, options.dynamic)
+
+        self._bases = _bases.of_views(arguments.tensors)
+        trace = traced(self._bases)
+        of_written = _bases.of_written(trace.writes, shared, arguments.tensors) if shared else None
+        if of_written is not None:
+            self._bases = of_written
+            trace = traced(self._bases)
         self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
         self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
         self._training = [(module, module.training) for module in trace.modules.seen]
@@ -154,9 +168,6 @@ class _Entry:
             if member is tensor
         ]
         self.specialization = Specialization(trace, compiled.options)
-
-    def _traced(self, function: Callable[..., Any], inputs: list[_trace.Input], options: Options) -> _trace.Trace:
-        return _trace.trace(function, inputs, options.decompositions, self._shape_env, options.dynamic)
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
         """Whether the graph is right for these, of which the key is that of the entry."""

@@ -135,7 +135,7 @@ def _recorded(
     def is_variable(leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and level.value_of(leaf) is not leaf and leaf.requires_grad
 
-    which = tuple(i for i, leaf in enumerate(leaves) if is_variable(leaf)) if torch.is_grad_enabled() else ()
+    which = tuple(i for i, leaf in enumerate(leaves) if is_variable(leaf))
     if which and not _units.is_differentiated_below(leaves):
         arguments = Arguments(leaves)
         entry = compiled.find(arguments, structure, names)

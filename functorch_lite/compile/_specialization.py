@@ -14,7 +14,8 @@ from torch.autograd import Function
 from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._backends import make_boxed_func
-from functorch_lite.compile._trace import Constant, Run, SameAsInput, Trace, Value, View, Write
+from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
+from functorch_lite.compile._trace import Trace
 
 if TYPE_CHECKING:
     from functorch_lite.compile._function import CompiledLeaves
@@ -103,7 +104,7 @@ class Specialization:
         """Save copies of inputs that will be written once the forward pass is over."""
         graph = forward.graph
         placeholders = graph.find_nodes(op="placeholder")
-        written = {placeholders[write.input] for write in self.trace.writes if write.result is not None}
+        written = {placeholders[write.input] for write in self.trace.writes}
         if not written:
             return
         output = graph.output_node()
@@ -121,19 +122,28 @@ class Specialization:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
         inputs = [*tensors, *self.captured]
         if self.is_differentiated:
-            results = _units.plain_apply(_Node, self, level, *inputs)
+            with torch.enable_grad():  # the function may have enabled it itself
+                results = _units.plain_apply(_Node, self, level, *inputs)
         else:
-            results = [_own(result) for result in self._forward(list(inputs))]
+            results = _run_below(level, self._forward, inputs)
+        shapes = {
+            write.input: (x.shape, x.stride(), x.storage_offset())
+            for write in self.trace.writes
+            if write.shape is not None and (x := inputs[write.input]) is not None
+        }
         for write in self.trace.writes:
-            _apply(write, inputs[write.input], results)
-        return [self._output(output, inputs, results) for output in self.trace.outputs]
+            write.apply(inputs[write.input], results)
+        return [self._output(output, inputs, results, shapes) for output in self.trace.outputs]
 
     @property
     def captured(self) -> list[Tensor]:
         """The inputs that are no arguments."""
         return [one.tensor for one in self.trace.inputs if one.tensor is not None]
 
-    def _output(self, output: Any, inputs: list[Any], results: Sequence[Any]) -> Any:
+    def _output(
+        self, output: Any, inputs: list[Any], results: Sequence[Any], shapes: Mapping[int, tuple[Any, ...]]
+    ) -> Any:
+        """``shapes``: those of inputs before the function changed them."""
         if isinstance(output, Value):
             return results[output.result]
         if isinstance(output, SameAsInput):
@@ -142,8 +152,10 @@ class Specialization:
             return output.value
         assert isinstance(output, View)
         base = (inputs if output.of_input else results)[output.base]
-        with torch.set_grad_enabled(output.differentiated and torch.is_grad_enabled()):
-            return output.graph(base, *(results[i] for i in output.integers))
+        with torch.set_grad_enabled(output.differentiated):
+            if output.of_input and output.base in shapes:
+                base = base.as_strided(*shapes[output.base])
+        return output.views(base, results, output.differentiated)
 
     def forward(self, inputs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Forward results, and saved tensors and integers."""
@@ -182,14 +194,7 @@ class Specialization:
     def _derivative(self) -> CompiledLeaves:
         from functorch_lite.compile._function import CompiledLeaves
 
-        return CompiledLeaves(self._pull_back, self.options)
-
-    def _pull_back(self, leaves: list[Any], _: Any) -> tuple[list[Any], None]:
-        count = len(self.trace.inputs)
-        run = Run(self.trace.function, list(self.trace.inputs), grad_mode=True)
-        with run.storage:
-            run.forward(leaves[:count])
-            return run.backward(leaves[count:]), None
+        return CompiledLeaves(lambda leaves, _: (self.trace.pull_back(leaves), None), self.options)
 
 
 class _Node(Function):
@@ -252,12 +257,14 @@ def _own(result: Any) -> Any:
     return result.detach() if isinstance(result, Tensor) and result._is_view() else result
 
 
-def _apply(write: Write, tensor: Tensor, results: Sequence[Any]) -> None:
-    with torch.set_grad_enabled(write.differentiated and torch.is_grad_enabled()):
-        if write.metadata is not None:
-            tensor.as_strided_(*write.metadata)
-        if write.result is not None:
-            tensor.copy_(results[write.result])
+def _run_below(level: _C.AutodiffLevel | None, graph: GraphFunction, inputs: list[Any]) -> list[Any]:
+    """Run a graph that is not differentiated, at a level or outside of all."""
+    if level is None:
+        return [_own(result) for result in graph(list(inputs))]
+    values = [level.value_of(x) for x in inputs]
+    with _C.Below():
+        results = graph(values)
+    return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
 
 
 def _like_traced(tangent: Tensor, fake: Any) -> Tensor:
