@@ -1,9 +1,9 @@
-"""Memory and time of compiled training steps: eager, ours and functorch.compile side by side, one thread.
+"""Memory and time of compiled training steps: eager, ours and functorch.compile in turns, on one thread.
 
-Run with ``python benchmarks/compile_memory.py``. Graphs run as they are (no code generation), so the figures are those of
-the graphs. *saved* is what the forward pass keeps for the backward pass, parameters and inputs not counted; *peak* the
-most that a step (forward and backward) has allocated at any one time, its gradients included. *trace* is the first call,
-in which everything is compiled, *step* any later one.
+Run with ``python benchmarks/compile_memory.py``. Graphs run as they are (no code is generated), so the figures are
+theirs. *saved* is what the forward pass keeps for the backward pass, parameters and inputs not counted; *peak*
+the most that a step (forward and backward) has allocated at any one time, its gradients included. *trace* is the first
+call, in which everything is compiled, *step* any later one.
 """
 
 from __future__ import annotations

@@ -297,11 +297,12 @@ def test_nothing_is_kept():
 
 
 def test_a_dropped_function_is_freed():
-    scale = _x(3).requires_grad_()
-    f = observations.ours().function(lambda x: x * scale)
-    f(_x(3)).sum().backward()
-    watched = weakref.ref(scale)
-    del f, scale
+    def used_once():
+        scale = _x(3).requires_grad_()
+        observations.ours().function(lambda x: x * scale)(_x(3)).sum().backward()
+        return weakref.ref(scale)
+
+    watched = used_once()
     gc.collect()
     assert watched() is None
 

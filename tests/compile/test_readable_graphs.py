@@ -386,7 +386,7 @@ def test_placeholders_are_named_after_arguments(name):
     parameters = list(inspect.signature(case.func).parameters)
     for module in graphs.forward:
         names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-        expected = tuple([*parameters, "captured"])
+        expected = (*parameters, "captured")
         assert all(re.sub(r"_\d+$", "", one).startswith(expected) for one in names), names
 
 

@@ -17,7 +17,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.testing._internal.opinfo.core import OpInfo
-from torch.utils import _pytree
 
 from tests.support import command_line, exceptions, observations, ops
 from tests.support.forms import _Sample

@@ -5,9 +5,8 @@ Run as a program it prints what the implementations did wrong: `python -m tests.
 
 from __future__ import annotations
 
+import argparse
 import enum
-import functools
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 import functorch_lite as fl
-from tests.support.observations import Case, vectors
+from tests.support import observations
+from tests.support.observations import VARIANTS, Case, vectors
 
 CASES: dict[str, Case] = {}
 
@@ -1059,3 +1059,32 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "hooks": (_hooked, _floats(2, 4)),
     "dictionary": (Dictionary, _floats(2, 4)),
 }
+
+
+def main() -> None:
+    """Print a table, and what differs from eager in the cases whose names contain one of the parts."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.compiled_cases", description=main.__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--peer", action="store_true", help="also run functorch.compile")
+    options = parser.parse_args()
+    names = [name for name in CASES if not options.parts or any(part in name for part in options.parts)]
+    sides = [observations.ours(), *([observations.peer()] if options.peer else [])]
+    rows = []
+    for side in sides:
+        for variant in VARIANTS:
+            found = {name: observations.differences(side, CASES[name], variant) for name in names}
+            raising = [name for name, texts in found.items() if any(": raises " in text for text in texts)]
+            wrong = [name for name, texts in found.items() if texts and name not in raising]
+            rows.append(
+                (side.name, variant, len(names), len(names) - len(raising) - len(wrong), len(wrong), len(raising))
+            )
+            for name in [*wrong, *raising]:
+                print(f"{side.name}: {name}: {found[name][0].splitlines()[0][:200]}", flush=True)
+    print(f"{'side':<20}{'variant':<10}{'cases':>8}{'pass':>8}{'wrong':>8}{'raise':>8}")
+    for side_name, variant, *numbers in rows:
+        print(f"{side_name:<20}{variant:<10}" + "".join(f"{number:>8}" for number in numbers))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

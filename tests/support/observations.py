@@ -35,11 +35,13 @@ class Implementation:
         name: What tables call it.
         api: Has the names of ``functorch.compile``.
         guards: Whether a compiled function looks at its arguments, and compiles again for others.
+        makes_lists: Whether it returns lists in the place of tuples.
     """
 
     name: str
     api: Any
     guards: bool = True
+    makes_lists: bool = False
 
     def function(self, func: Callable[..., Any], min_cut: bool = False, **options: Any) -> Callable[..., Any]:
         """The function compiled, with graphs that run as they are."""
@@ -82,7 +84,7 @@ def peer() -> Implementation:
     """PyTorch's. A function that it has compiled takes any later argument for one like the first."""
     import functorch.compile
 
-    return Implementation("functorch.compile", functorch.compile, guards=False)
+    return Implementation("functorch.compile", functorch.compile, guards=False, makes_lists=True)
 
 
 def vectors(count: int) -> Callable[[int], list[Any]]:
@@ -295,5 +297,7 @@ def differences(implementation: Implementation, case: Case, variant: str = "defa
             except Exception as error:
                 found.append(f"{variant}, {at.name}: raises {type(error).__name__}: {error}")
                 continue
+        if implementation.makes_lists:
+            actual["structure"] = expected["structure"]
         found += [f"{variant}, {at.name}: {text}" for text in compared(actual, expected)]
     return found
