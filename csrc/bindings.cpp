@@ -103,8 +103,8 @@ void set_python_side(py::object has_decomposition, py::object install_decomposit
       const auto n = count_arguments(op);
       py::list arguments;
       for (const auto& argument : torch::jit::last(stack, n)) arguments.append(torch::jit::toPyObject(argument));
-      const auto called = python_side().call_auto_functionalized(op.operator_name().name,
-                                                                 op.operator_name().overload_name, arguments);
+      const auto called =
+          python_side().call_auto_functionalized(op.operator_name().name, op.operator_name().overload_name, arguments);
       if (called.is_none()) return std::nullopt;
       auto [results, values] = called.cast<std::pair<Tensors, Tensors>>();
       torch::jit::drop(stack, n);
@@ -306,10 +306,11 @@ PYBIND11_MODULE(_C, m) {
       .def("memory_value", &FunctionalizeLevel::memory_value)
       .def("replay_views", &FunctionalizeLevel::replay_views)
       .def("is_view", &FunctionalizeLevel::is_view)
-      .def("outside_of", [](const FunctionalizeLevel& level, const at::Tensor& tensor) -> std::optional<at::Tensor> {
-        auto outside = level.outside_of(tensor);
-        return outside.defined() ? std::make_optional(outside) : std::nullopt;
-      })
+      .def("outside_of",
+           [](const FunctionalizeLevel& level, const at::Tensor& tensor) -> std::optional<at::Tensor> {
+             auto outside = level.outside_of(tensor);
+             return outside.defined() ? std::make_optional(outside) : std::nullopt;
+           })
       .def("from_outside", &tensors_from_outside);
 
   py::class_<Tape, c10::intrusive_ptr<Tape>>(m, "Tape")

@@ -78,7 +78,7 @@ struct PythonHooks {
   // Calls an operator that writes into arguments as the functional one that can be traced. Leaves the results on the
   // stack, and returns the new values of the arguments; or nothing if PyTorch cannot.
   std::optional<std::vector<at::Tensor>> (*call_auto_functionalized)(const c10::OperatorHandle& op,
-                                                                    std::vector<c10::IValue>& stack) = nullptr;
+                                                                     std::vector<c10::IValue>& stack) = nullptr;
 };
 PythonHooks& python_hooks();
 

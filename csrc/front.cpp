@@ -25,7 +25,8 @@ bool autocast_first(const c10::OperatorHandle& op, Stack& stack) {
 // PyTorch's functionalization tries in-place operators on meta tensors, to see whether the shapes fit. Nobody else
 // excludes these keys while a level is open.
 bool is_shape_check() {
-  constexpr auto excluded = c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+  constexpr auto excluded =
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
   return c10::impl::tls_local_dispatch_key_set().excluded_.has_all(excluded);
 }
 

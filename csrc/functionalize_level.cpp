@@ -95,10 +95,11 @@ class DetachedView final : public at::functionalization::ViewMeta {
 
   at::Tensor reverse(const at::Tensor& base, const at::Tensor& view) override {
     if (is_open_) return view;
-    TORCH_CHECK_VALUE(!cut_.may_be_of(view),
-                      "functionalize: a value that is differentiated is written in place into a tensor that detach() or "
-                      "no_grad has cut off, and that shares its memory with one that is not. Write into a clone, for "
-                      "example x.detach().clone().");
+    TORCH_CHECK_VALUE(
+        !cut_.may_be_of(view),
+        "functionalize: a value that is differentiated is written in place into a tensor that detach() or "
+        "no_grad has cut off, and that shares its memory with one that is not. Write into a clone, for "
+        "example x.detach().clone().");
     const Derivatives kept{cut_.reverse && at::GradMode::is_enabled(), cut_.forward};
     return kept.may_be_of(base) ? with_derivatives_of(base, view, kept) : view;
   }
@@ -164,8 +165,8 @@ bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
   return begin_a < end_b && begin_b < end_a;
 }
 
-// What `target.copy_(source)` leaves, where it is differentiated: PyTorch's own `copy` has no derivative. The strides are
-// those of `target`, for later code may view it.
+// What `target.copy_(source)` leaves, where it is differentiated: PyTorch's own `copy` has no derivative. The strides
+// are those of `target`, for later code may view it.
 at::Tensor differentiable_copy(const at::Tensor& target, const at::Tensor& source) {
   const auto same_type = at::_to_copy(source, target.options());
   return at::where(at::ones_like(target, at::kBool), same_type, target);
@@ -212,9 +213,9 @@ std::optional<c10::OperatorHandle> view_that_says_so(const c10::OperatorHandle& 
 // In-place operators whose result does not depend on what was there before. The forms that PyTorch's functionalization
 // calls for them have no derivative.
 bool overwrites(const c10::OperatorName& name) {
-  static const std::unordered_set<std::string> names{
-      "aten::bernoulli_", "aten::cauchy_", "aten::exponential_", "aten::geometric_", "aten::log_normal_",
-      "aten::normal_",    "aten::random_", "aten::uniform_",     "aten::zero_"};
+  static const std::unordered_set<std::string> names{"aten::bernoulli_", "aten::cauchy_",     "aten::exponential_",
+                                                     "aten::geometric_", "aten::log_normal_", "aten::normal_",
+                                                     "aten::random_",    "aten::uniform_",    "aten::zero_"};
   return names.count(name.name) > 0;
 }
 
@@ -336,7 +337,8 @@ void call_functionalized(const c10::OperatorHandle& op, Stack& stack, bool keep_
     });
   }
   static const std::array overlapping{find_operator("expand"), find_operator("unfold"), find_operator("as_strided")};
-  const bool may_overlap_itself = !keep_views && std::find(overlapping.begin(), overlapping.end(), op) != overlapping.end();
+  const bool may_overlap_itself =
+      !keep_views && std::find(overlapping.begin(), overlapping.end(), op) != overlapping.end();
   const auto source = may_overlap_itself ? arguments[0].toTensor() : at::Tensor();
   const functional::FunctionalizationReapplyViewsGuard views(keep_views);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Functionalize), &stack);
@@ -459,8 +461,7 @@ void FunctionalizeLevel::restore_derivative(const at::Tensor& tensor) const {
   const auto before = before_no_grad_.find(&memory);
   if (before == before_no_grad_.end()) return;
   memory.apply_updates();
-  const auto restored =
-      with_derivatives_of(before->second.second, memory.base(), {.reverse = true, .forward = false});
+  const auto restored = with_derivatives_of(before->second.second, memory.base(), {.reverse = true, .forward = false});
   before_no_grad_.erase(before);
   memory.add_update(restored, {});
   memory.apply_updates();
@@ -555,11 +556,13 @@ void FunctionalizeLevel::refuse_stale(const at::Tensor& tensor) const {
   const auto& outside = lifted != nullptr ? lifted->outside : tensor;
   const RunBelowAll below(*this);
   for (const auto& other : from_outside_) {
-    if (written_outside_.count(other.memory._unsafe_get_target()) == 0 || !may_overlap(outside, other.outside)) continue;
-    TORCH_CHECK_VALUE(false, "functionalize: the function has written into a tensor from outside (shape ",
-                      other.outside.sym_sizes(), ") and then uses another one (shape ", outside.sym_sizes(),
-                      ") that shares its memory. Pass one of the two, and make the other from it inside the function; or "
-                      "pass a clone of one.");
+    if (written_outside_.count(other.memory._unsafe_get_target()) == 0 || !may_overlap(outside, other.outside))
+      continue;
+    TORCH_CHECK_VALUE(
+        false, "functionalize: the function has written into a tensor from outside (shape ", other.outside.sym_sizes(),
+        ") and then uses another one (shape ", outside.sym_sizes(),
+        ") that shares its memory. Pass one of the two, and make the other from it inside the function; or "
+        "pass a clone of one.");
   }
 }
 
@@ -736,13 +739,13 @@ void FunctionalizeLevel::run_on_copies(const c10::OperatorHandle& op, Stack& sta
   std::vector<Target> targets;
   const bool has_statistics = updates_statistics(op, arguments);
   const auto is_written = [&](size_t i) {
-    return schema.arguments()[i].alias_info() != nullptr ||
-           (has_statistics && (i == kRunningMean || i == kRunningVar));
+    return schema.arguments()[i].alias_info() != nullptr || (has_statistics && (i == kRunningMean || i == kRunningVar));
   };
   for (size_t i = 0; i < n; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
     TORCH_CHECK_NOT_IMPLEMENTED(alias == nullptr || alias->isWrite(), "functionalize: the operator ",
-                                op.operator_name(), " returns views, and PyTorch has no functional form of it. Have it "
+                                op.operator_name(),
+                                " returns views, and PyTorch has no functional form of it. Have it "
                                 "return copies, or compose it of PyTorch's view operators.");
     replace_tensors(arguments + i, 1, [&](const at::Tensor& tensor) {
       if (!is_written(i)) return readable(tensor);

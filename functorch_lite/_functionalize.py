@@ -146,7 +146,7 @@ def call_auto_functionalized(
     if not can_auto_functionalize(op):
         return None
     named = {argument.name: value for argument, value in zip(op._schema.arguments, arguments, strict=True)}
-    called = auto_functionalized(op, **named)
+    called: tuple[Any, ...] = auto_functionalized(op, **named)
     count = len(op._schema.returns)
     values = [new for new in called[max(count, 1) :] if new is not None]
     flat = [tensor for new in values for tensor in (new if isinstance(new, (list, tuple)) else [new])]

@@ -12,9 +12,12 @@ from functorch_lite.compile._backends import (
 )
 from functorch_lite.compile._config import config
 from functorch_lite.compile._decompositions import default_decompositions, get_decompositions
+from functorch_lite.compile._draw import draw_graph, draw_joint_graph
 from functorch_lite.compile._function import clear_compile_cache, num_of_recompilations
 from functorch_lite.compile._inductor import inductor
+from functorch_lite.compile._minifier import minifier
 from functorch_lite.compile._partition import default_partition, min_cut_rematerialization_partition
+from functorch_lite.compile._partition_report import partition_report
 from functorch_lite.compile._user import aot_function, aot_module, aot_module_simplified
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "config",
     "default_decompositions",
     "default_partition",
+    "draw_graph",
+    "draw_joint_graph",
     "get_decompositions",
     "inductor",
     "make_boxed_compiler",
@@ -32,8 +37,10 @@ __all__ = [
     "make_fx",
     "memory_efficient_fusion",
     "min_cut_rematerialization_partition",
+    "minifier",
     "nop",
     "num_of_recompilations",
+    "partition_report",
     "print_compile",
     "ts_compile",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from functorch_lite import _C
+from functorch_lite.compile._subclasses import is_subclass
 
 #: Devices whose autocast state a graph depends on.
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -104,7 +105,17 @@ def layout_key(tensor: Tensor) -> Any:
         tensor.is_leaf,
         tensor.is_conj(),
         tensor.is_neg(),
+        *([] if type(tensor) in (Tensor, torch.nn.Parameter) else _parts_key(tensor)),
     )
+
+
+def _parts_key(tensor: Tensor) -> Any:
+    """Of the tensors that a subclass is made of."""
+    if not is_subclass(tensor):
+        return []
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts = [getattr(tensor, name) for name in names]
+    return [repr(context), *((layout_key(part), static_shape_key(part)) for part in parts)]
 
 
 def static_shape_key(tensor: Tensor) -> Any:

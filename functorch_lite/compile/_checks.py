@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 
 def check_operator(caller: str, operator: Any) -> None:
@@ -46,7 +48,7 @@ def flat_outputs(caller: str, outputs: Any) -> Sequence[Any]:
 
 
 def refuse_missing_cpp_compiler(error: Exception) -> NoReturn:
-    """Raise: Inductor cannot compile anything."""
+    """Raise: Inductor cannot compile for the CPU."""
     raise RuntimeError(
         "inductor: got no C++ compiler on this machine, expected g++ or clang++; install one, name it in the "
         "environment variable CXX, or run the graph with functorch_lite.compile.nop."
@@ -83,6 +85,75 @@ def static_values(caller: str, positions: Sequence[int], args: Sequence[Any]) ->
                 f"constant; leave the position out of static_argnums, or pass for example a tuple or a string."
             )
     return tuple(args[position] for position in positions)
+
+
+def check_graph_of_operators(caller: str, gm: fx.GraphModule) -> None:
+    """Refuse graphs that call modules, which have a state that a graph does not show."""
+    for node in gm.graph.find_nodes(op="call_module"):
+        raise TypeError(
+            f"{caller}: got a graph that calls the module {node.target!r}, expected one of operators; trace it with "
+            f"functorch_lite.compile.make_fx."
+        )
+
+
+def check_folder(caller: str, save_dir: str | None, offload_to_disk: bool) -> None:
+    """Require a folder for what is to be kept on disk."""
+    if offload_to_disk and save_dir is None:
+        raise ValueError(
+            f"{caller}: got offload_to_disk=True without save_dir, expected a folder for the results; pass "
+            f"save_dir='some/folder'."
+        )
+
+
+def refuse_graph_that_works(caller: str) -> NoReturn:
+    """Raise: there is nothing to look for."""
+    raise ValueError(
+        f"{caller}: got a graph that does not fail, expected module_fails(graph, inputs) to return True for it; call "
+        f"module_fails with the graph and inputs to see why."
+    )
+
+
+def warn_of_flaky_check(caller: str) -> None:
+    """Warn: a check contradicts itself."""
+    warnings.warn(
+        f"{caller}: got different answers of module_fails for one graph, expected the same each time; the search goes "
+        f"on with the majority of several answers, which takes longer. Set the random seed in module_fails.",
+        stacklevel=3,
+    )
+
+
+def picture_format(caller: str, path: str, has_matplotlib: bool) -> str:
+    """The suffix of a file name, if pictures can be written in that format."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(
+            f"{caller}: got the file name {path!r}, expected one that ends with .svg, .png or .pdf; .svg is written "
+            f"without any other package."
+        )
+    if suffix != ".svg" and not has_matplotlib:
+        raise ImportError(
+            f"{caller}: got the file name {path!r}, expected matplotlib to be installed for {suffix} files; install it "
+            f"(pip install matplotlib), or choose a name that ends with .svg."
+        )
+    return suffix
+
+
+def corner_radius(caller: str, shape: Any, radii: dict[Any, float]) -> float:
+    """How round boxes of a shape are."""
+    if shape not in radii:
+        raise ValueError(
+            f"{caller}: got dot_graph_shape={shape!r}, expected one of "
+            f"{', '.join(repr(known) for known in radii)}; leave it out for round corners."
+        )
+    return radii[shape]
+
+
+def check_no_graphviz(caller: str, prog: Any) -> None:
+    """Refuse the name of a Graphviz program."""
+    if prog is not None:
+        raise ValueError(
+            f"{caller}: got prog={prog!r}, expected None, for graphs are laid out without Graphviz; leave it out."
+        )
 
 
 def refuse_shared_memory() -> NoReturn:

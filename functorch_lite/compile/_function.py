@@ -18,6 +18,7 @@ from functorch_lite.compile import _arguments, _bases, _levels, _trace
 from functorch_lite.compile._arguments import Arguments
 from functorch_lite.compile._run import Input
 from functorch_lite.compile._specialization import Options, Specialization
+from functorch_lite.compile._subclasses import is_subclass
 
 #: From leaves and their structure to leaves and the structure of the output.
 LeavesFunction = Callable[[list[Any], Any], tuple[list[Any], Any]]
@@ -104,7 +105,7 @@ class CompiledLeaves:
         return self.options.dynamic and i >= self._static_inputs
 
     def _describe(self, i: int, tensor: Tensor, is_sharing: bool) -> Any:
-        is_dynamic = self.is_dynamic(i) and not is_sharing
+        is_dynamic = self.is_dynamic(i) and not is_sharing and not is_subclass(tensor)
         shape_key = _arguments.dynamic_shape_key if is_dynamic else _arguments.static_shape_key
         return _arguments.layout_key(tensor), shape_key(tensor)
 
@@ -137,7 +138,7 @@ class _Entry:
                 tensor,
                 tensor.requires_grad,
                 tensor.is_leaf,
-                compiled.is_dynamic(i) and i not in sharing,
+                compiled.is_dynamic(i) and i not in sharing and not is_subclass(tensor),
                 i in sharing,
             )
             for i, tensor in enumerate(arguments.tensors)
@@ -156,6 +157,7 @@ class _Entry:
         if of_written is not None:
             self._bases = of_written
             trace = traced(self._bases)
+        self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
         self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
         self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
         self._training = [(module, module.training) for module in trace.modules.seen]
@@ -175,8 +177,14 @@ class _Entry:
             all(_captured_key(tensor) == key for tensor, key in self._captured)
             and all(module.training == training for module, training in self._training)
             and all(members.get(name) is tensor for members, name, tensor in self._owners)
-            and (self._guards is None or self._shape_env.evaluate_guards_expression(self._guards, tensors))
+            and self._fulfils_guards(tensors)
         )
+
+    def _fulfils_guards(self, tensors: list[Tensor]) -> bool:
+        if self._guards is None:
+            return True
+        dynamic = [tensors[i] for i in self._dynamic]
+        return bool(self._shape_env.evaluate_guards_expression(self._guards, dynamic))
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""

@@ -69,15 +69,17 @@ def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Fak
         return mode, pytree.tree_map_only(torch.Tensor, fake, inputs)
 
 
-def _check_cpp_compiler() -> None:
-    """Require a C++ compiler, which kernels for the CPU need."""
+def _check_cpp_compiler(gm: fx.GraphModule) -> None:
+    """Require a C++ compiler if there is something to compile for the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        _checks.refuse_missing_cpp_compiler(error)
+    values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
+    if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values):
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            _checks.refuse_missing_cpp_compiler(error)
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -93,7 +95,7 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
         random numbers are those that the graph draws.
 
     Raises:
-        RuntimeError: There is no C++ compiler, which Inductor needs on any device.
+        RuntimeError: The graph has tensors on the CPU, and there is no C++ compiler.
         TypeError: The graph does not return a list or tuple.
 
     Example:
@@ -101,8 +103,8 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
         >>> from functorch_lite.compile import inductor, make_fx
         >>> x = torch.zeros(1000)
         >>> graph = make_fx(lambda x: [x.sin() + 1])(x)
-        >>> compiled = inductor(graph, [x])  # doctest: +SKIP
-        >>> compiled([x])[0].sum()  # doctest: +SKIP
+        >>> compiled = inductor(graph, [x])
+        >>> compiled([x])[0].sum()
         tensor(1000.)
     """
     from torch._inductor import config
@@ -110,11 +112,11 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
     from torch._inductor.decomposition import select_decomp_table
 
     num_outputs = len(_checks.flat_outputs("inductor", gm.graph.output_node().args[0]))
-    _check_cpp_compiler()
     mode, inputs = _fake_inputs(gm, example_inputs)
     with config.patch(fallback_random=True), torch.no_grad():
         with mode, mock.patch.object(mode, "allow_non_fake_inputs", True):
             lowered = make_fx(_Lowering(gm).run, decomposition_table=select_decomp_table())(*inputs)
+        _check_cpp_compiler(lowered)
         # What is saved for the backward pass is read with the strides of the graph, too.
         lowered.graph.output_node().meta["user_visible_output_idxs"] = list(range(num_outputs))
         compiled = compile_fx_inner(lowered, inputs, layout_opt=False)

@@ -148,10 +148,10 @@ class _Captures(TorchFunctionMode):
         """`torch.autograd.grad`, which the function calls."""
         outputs, inputs = _as_list(outputs), _as_list(inputs)
         cotangents = _as_list(grad_outputs) if grad_outputs is not None else [None] * len(outputs)
-        cotangents = [torch.ones_like(y) if g is None else g for y, g in zip(outputs, cotangents, strict=True)]
+        given = [torch.ones_like(y) if g is None else g for y, g in zip(outputs, cotangents, strict=True)]
         keep = create_graph if retain_graph is None else retain_graph
         allow = materialize_grads if allow_unused is None else allow_unused
-        found = self._level.gradients(outputs, cotangents, inputs, keep, create_graph, allow)
+        found = self._level.gradients(outputs, given, inputs, keep, create_graph, allow)
         if materialize_grads:
             found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
         return tuple(found)

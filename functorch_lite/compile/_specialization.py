@@ -15,6 +15,7 @@ from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._backends import make_boxed_func
 from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
+from functorch_lite.compile._subclasses import Packing, plain_tensors
 from functorch_lite.compile._trace import Trace
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Specialization:
         self.trace, self.options = trace, options
         trace.graph_module.graph = _passes.simplify(trace.graph_module.graph)
         self.is_differentiated = bool(trace.differentiated) and any(
-            gradient is not None for gradient in trace.output_nodes()[len(trace.results) :]
+            gradient is not None for gradient in trace.output_nodes()[trace.packed_results.count :]
         )
         self._needed = self._inputs_of_gradients()
         if self.is_differentiated:
@@ -75,28 +76,32 @@ class Specialization:
 
     def _inputs_of_gradients(self) -> list[bool]:
         """Which inputs the gradients depend on."""
-        reached = set(self.trace.output_nodes()[len(self.trace.results) :])
+        reached = set(self.trace.output_nodes()[self.trace.packed_results.count :])
         for node in reversed(self.trace.graph_module.graph.nodes):
             if node in reached:
                 reached.update(node.all_input_nodes)
         placeholders = self.trace.graph_module.graph.find_nodes(op="placeholder")
-        return [node in reached for node in placeholders[: len(self.trace.inputs)]]
+        packing = self.trace.packed_inputs
+        return [any(placeholders[k] in reached for k in packing.places(i)) for i in range(len(self.trace.inputs))]
 
     def _compile_inference(self) -> None:
         module = self.trace.graph_module
         output = module.graph.output_node()
-        output.args = (self.trace.output_nodes()[: len(self.trace.results)],)
+        output.args = (self.trace.output_nodes()[: self.trace.packed_results.count],)
         module.graph = _passes.eliminate_dead_code(module.graph)
-        self._forward = self._compiled(self.options.inference_compiler, module, list(self.trace.fakes))
+        inputs = self.trace.packed_inputs.flatten(self.trace.fakes)
+        self._forward = self._compiled(self.options.inference_compiler, module, inputs)
 
     def _compile_both(self) -> None:
         trace = self.trace
-        joint_inputs = (list(trace.fakes), list(trace.tangents))
-        forward, backward = self.options.partition(trace.graph_module, joint_inputs, num_fwd_outputs=len(trace.results))
+        inputs = trace.packed_inputs.flatten(trace.fakes)
+        tangents = Packing(trace.tangents).flatten(trace.tangents)
+        count = trace.packed_results.count
+        forward, backward = self.options.partition(trace.graph_module, (inputs, tangents), num_fwd_outputs=count)
         self._keep_from_writes(forward)
-        saved = [_nodes.value_of(node) for node in _nodes.returned(forward.graph)[len(trace.results) :]]
+        saved = [_nodes.value_of(node) for node in _nodes.returned(forward.graph)[count:]]
         self._saved_tensors = sum(isinstance(value, Tensor) for value in saved)
-        self._forward = self._compiled(self.options.forward_compiler, forward, list(trace.fakes))
+        self._forward = self._compiled(self.options.forward_compiler, forward, inputs)
         inputs = [_nodes.value_of(node) for node in backward.graph.find_nodes(op="placeholder")]
         self._backward = self._compiled(self.options.backward_compiler, backward, inputs)
 
@@ -104,13 +109,14 @@ class Specialization:
         """Save copies of inputs that will be written once the forward pass is over."""
         graph = forward.graph
         placeholders = graph.find_nodes(op="placeholder")
-        written = {placeholders[write.input] for write in self.trace.writes}
+        packing = self.trace.packed_inputs
+        written = {placeholders[k] for write in self.trace.writes for k in packing.places(write.input)}
         if not written:
             return
         output = graph.output_node()
         nodes = _nodes.returned(graph)
         with graph.inserting_before(output):
-            for i in range(len(self.trace.results), len(nodes)):
+            for i in range(self.trace.packed_results.count, len(nodes)):
                 if _nodes.base_of(nodes[i]) in written:
                     copy = graph.call_function(torch.ops.aten.clone.default, (nodes[i],))
                     copy.meta.update(nodes[i].meta)
@@ -125,7 +131,7 @@ class Specialization:
             with torch.enable_grad():  # the function may have enabled it itself
                 results = _units.plain_apply(_Node, self, level, *inputs)
         else:
-            results = _run_below(level, self._forward, inputs)
+            results = self._infer(level, inputs)
         shapes = {
             write.input: (x.shape, x.stride(), x.storage_offset())
             for write in self.trace.writes
@@ -159,15 +165,27 @@ class Specialization:
 
     def forward(self, inputs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Forward results, and saved tensors and integers."""
-        values = self._forward(inputs)
-        count = len(self.trace.results)
-        tensors = count + self._saved_tensors
-        return values[:count], values[count:tensors], values[tensors:]
+        values = self._forward(self.trace.packed_inputs.flatten(inputs))
+        packing = self.trace.packed_results
+        tensors = packing.count + self._saved_tensors
+        return packing.unflatten(values[: packing.count]), values[packing.count : tensors], values[tensors:]
+
+    def _infer(self, level: _C.AutodiffLevel | None, inputs: list[Any]) -> list[Any]:
+        """Forward results without derivatives, at a level or outside of all."""
+        packing = self.trace.packed_inputs
+        if level is None:
+            results = self._forward(packing.flatten(inputs))
+            return [_own(result) for result in self.trace.packed_results.unflatten(results)]
+        values = [level.value_of(x) for x in inputs]
+        with _C.Below():
+            results = self._forward(packing.flatten(values))
+        return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
 
     def backward(self, saved: Sequence[Tensor], integers: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
         """The gradients of all inputs."""
-        tangents = [_like_traced(t, fake) for t, fake in zip(tangents, self.trace.tangents, strict=True)]
-        return self._backward([*integers, *saved, *tangents])
+        tangents = [_in_order(tangent, order) for tangent, order in zip(tangents, self.trace.orders, strict=True)]
+        plain = [part for tangent in tangents for part in plain_tensors(tangent)]
+        return self.trace.gradients.unflatten(self._backward([*integers, *saved, *plain]))
 
     def _compiled(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any]) -> GraphFunction:
         return GraphFunction(compiler, module, example_inputs, self.options)
@@ -257,26 +275,9 @@ def _own(result: Any) -> Any:
     return result.detach() if isinstance(result, Tensor) and result._is_view() else result
 
 
-def _run_below(level: _C.AutodiffLevel | None, graph: GraphFunction, inputs: list[Any]) -> list[Any]:
-    """Run a graph that is not differentiated, at a level or outside of all."""
-    if level is None:
-        return [_own(result) for result in graph(list(inputs))]
-    values = [level.value_of(x) for x in inputs]
-    with _C.Below():
-        results = graph(values)
-    return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
-
-
-def _like_traced(tangent: Tensor, fake: Any) -> Tensor:
-    """The tangent in the memory format that the graph was traced with."""
-    if tangent.stride() == fake.stride():
-        return tangent
-    if fake.is_contiguous():
+def _in_order(tangent: Tensor, order: list[int]) -> Tensor:
+    """The tangent as the graph was traced with it: dense, its dimensions in a certain order in memory."""
+    if order == sorted(order):
         return tangent.contiguous()
-    result = torch.empty_like(tangent, memory_format=torch.contiguous_format)
-    order = sorted(range(fake.dim()), key=lambda i: -fake.stride(i))
-    return result.copy_(tangent) if not order else tangent.permute(order).contiguous().permute(_inverse(order))
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tangent.permute(order).contiguous().permute(inverse)

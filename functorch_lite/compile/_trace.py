@@ -7,6 +7,7 @@ used that are no arguments. Those become inputs, too.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from functorch_lite.compile._annotations import Annotations, ModuleStack
 from functorch_lite.compile._arguments import identifier
 from functorch_lite.compile._effects import Constant, Output, SameAsInput, Value, View, ViewGraph, Write, view_graph
 from functorch_lite.compile._run import Input, Run, Source, TensorsFunction
+from functorch_lite.compile._subclasses import Packing, plain_tensors
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -41,7 +43,8 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 class Trace:
     """The joint graph of a function, and what is to be done around it."""
 
-    #: Placeholders: inputs, tangents. Outputs: forward results, gradients of all inputs (or None).
+    #: Placeholders: inputs, tangents. Outputs: forward results, gradients of all inputs (or None). All of them plain
+    #: tensors: the packings tell of subclasses.
     graph_module: fx.GraphModule
     function: TensorsFunction
     grad_mode: bool
@@ -53,9 +56,22 @@ class Trace:
     #: The numbers of the forward results that have a tangent.
     differentiated: list[int]
     tangents: list[Any]
+    #: For each tangent: its dimensions in the order in which they lie in memory.
+    orders: list[list[int]]
+    gradients: Packing
     outputs: list[Output]
     writes: list[Write]
     modules: ModuleStack
+
+    @functools.cached_property
+    def packed_inputs(self) -> Packing:
+        """The inputs as placeholders."""
+        return Packing(self.fakes)
+
+    @functools.cached_property
+    def packed_results(self) -> Packing:
+        """The forward results as outputs."""
+        return Packing(self.results)
 
     def output_nodes(self) -> list[fx.Node | None]:
         """What the graph returns."""
@@ -63,7 +79,7 @@ class Trace:
 
     def guards(self, shape_env: Any) -> str | None:
         """What the sizes of the arguments have to fulfil, as a Python expression; None for anything."""
-        arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.tensor is None]
+        arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.dynamic]
         expression: str | None = shape_env.produce_guards_expression(arguments)
         return expression
 
@@ -88,7 +104,8 @@ def trace(
     fake_mode = FakeTensorMode(shape_env=shape_env)
     with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, list(inputs), fake_mode)
-        module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*run.fakes)
+        plain = Packing(run.fakes).flatten(run.fakes)
+        module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
     return run.finished(module)
 
 
@@ -110,6 +127,14 @@ def refusing_wrappers() -> Iterator[None]:
         _refusing.on = before
 
 
+def _order_in_memory(tensor: Tensor) -> list[int]:
+    def hint(stride: Any) -> int:
+        found: int = stride if isinstance(stride, int) else stride.node.hint
+        return found
+
+    return sorted(range(tensor.dim()), key=lambda d: -hint(tensor.stride(d)))
+
+
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
     return (*tensor.shape, *tensor.stride(), tensor.storage_offset())
 
@@ -122,6 +147,7 @@ class _TracedRun(Run):
         self.fake_mode = fake_mode
         self.storage = _C.FunctionalizeLevel(True)
         self.fakes = [self._fake(one) for one in inputs]
+        self.arguments_given = len(inputs)
         self.roots: list[Tensor] = []  # the memory of the arguments before the function has run
         self.metadata: list[tuple[Any, ...]] = []
         self.captured: list[fx.Node] = []  # placeholders
@@ -138,14 +164,15 @@ class _TracedRun(Run):
         self.tracer = mode.tracer
         annotations = Annotations(self.tracer.graph, self.modules)
         with self.storage, annotations:
-            self.forward(fakes)
+            self.forward(Packing(self.fakes).unflatten(fakes))
             self.values = [self._value(result) for result in self.results]
             annotations.in_backward = True
             self._make_tangents()
             sources = [source for i in self.differentiated if (source := self.sources[i]) is not None]
             gradients = self.backward(sources, [self.storage.lift(tangent) for tangent in self.tangents])
-            gradients = [g if g is None else self.storage.value_of(g) for g in gradients]
-            return [*self.values, *gradients, *(value for view in self.views for value in view[1:])]
+            self.gradients = [g if g is None else self.storage.value_of(g) for g in gradients]
+            ends = [value for view in self.views for value in view[1:]]
+            return [plain for x in (*self.values, *self.gradients, *ends) for plain in plain_tensors(x)]
 
     def after_forward(self) -> None:
         """Find out what the function did."""
@@ -171,7 +198,7 @@ class _TracedRun(Run):
         one = Input(name, tensor, tensor.requires_grad and in_forward, tensor.is_leaf)
         with _C.Outside(), disable_proxy_modes_tracing():
             fake = self._fake(one)
-        self.captured.append(self._track(fake, "captured"))
+        self.captured += self._track(fake, "captured")
         self.inputs.append(one)
         self.fakes.append(fake)
         return self.lift(one, fake)
@@ -192,20 +219,23 @@ class _TracedRun(Run):
         with torch.no_grad(), unset_fake_temporarily():
             return self.fake_mode.from_tensor(one.tensor.detach(), static_shapes=not one.dynamic, source=source)
 
-    def _track(self, fake: Tensor, name: str) -> fx.Node:
-        """Make a placeholder for a tensor, while other nodes are there already."""
+    def _track(self, fake: Tensor, name: str) -> list[fx.Node]:
+        """Make placeholders for a tensor, while other nodes are there already."""
+        nodes = []
         with _C.Outside():  # it calls operators for its own purposes
-            target = f"{name}_{len(self.tracer.graph.nodes)}"  # another for each
-            proxy = self.tracer.create_proxy("placeholder", target, (), {})
-            track_tensor_tree(fake, proxy, constant=None, tracer=self.tracer)
-        return proxy.node
+            for plain in plain_tensors(fake):
+                target = f"{name}_{len(self.tracer.graph.nodes)}"  # another for each
+                proxy = self.tracer.create_proxy("placeholder", target, (), {})
+                track_tensor_tree(plain, proxy, constant=None, tracer=self.tracer)
+                nodes.append(proxy.node)
+        return nodes
 
     def _make_tangents(self) -> None:
         """As the results are, but dense."""
         values = [self.values[i] for i in self.differentiated]
         with _C.Outside(), disable_proxy_modes_tracing():
             self.tangents = [torch.empty_like(value) for value in values]
-        self.tangent_nodes = [self._track(fake, "tangent") for fake in self.tangents]
+        self.tangent_nodes = [node for fake in self.tangents for node in self._track(fake, "tangent")]
 
     # What is below the levels.
 
@@ -305,8 +335,9 @@ class _TracedRun(Run):
         """Put placeholders in order and views into graphs of their own."""
         self._name_placeholders(module.graph)
         outputs = _nodes.returned(module.graph)
-        end_of_gradients = len(self.values) + len(self.inputs)
-        results, gradients = outputs[: len(self.values)], outputs[len(self.values) : end_of_gradients]
+        count = Packing(self.values).count
+        end_of_gradients = count + Packing(self.gradients).count
+        results, gradients = outputs[:count], outputs[count:end_of_gradients]
         ends = iter(outputs[end_of_gradients:])
         for views, _, _ in self.views:
             views.graph, integers = view_graph(next(ends), next(ends))
@@ -316,7 +347,7 @@ class _TracedRun(Run):
                     self.values.append(node.meta["val"])
                 views.integers.append(results.index(node))
         module.graph.output_node().args = ([*results, *gradients],)
-        for one in self.inputs[: len(self.inputs) - len(self.captured)]:
+        for one in self.inputs[: self.arguments_given]:
             one.tensor = None  # the next call has others
         return Trace(
             module,
@@ -328,6 +359,8 @@ class _TracedRun(Run):
             self.sources,
             self.differentiated,
             self.tangents,
+            [_order_in_memory(tangent) for tangent in self.tangents],
+            Packing(self.gradients),
             self.outputs,
             self.writes,
             self.modules,
@@ -340,6 +373,7 @@ class _TracedRun(Run):
             graph._root.next.prepend(node)
         count = len(self.tangent_nodes)
         tangents = [f"tangent_{i}" for i in range(count)] if count > 1 else ["tangent"] * count
-        for node, name in zip(placeholders, [*(one.name for one in self.inputs), *tangents], strict=True):
+        names = [one.name for one, fake in zip(self.inputs, self.fakes, strict=True) for _ in plain_tensors(fake)]
+        for node, name in zip(placeholders, [*names, *tangents], strict=True):
             node._rename(name)
             node.target = node.name

@@ -208,18 +208,14 @@ class TestInductor:
         def f(x, w, image):
             y = torch.nn.functional.gelu(x @ w) + torch.arange(x.shape[0])[:, None]
             z = torch.nn.functional.layer_norm(y, (y.shape[-1],)).softmax(-1)
-            return z.sum(0), torch.nn.functional.conv2d(image, torch.ones(2, 3, 3, 3)), x.shape[0] * 2
+            return z.sum(0), torch.nn.functional.conv2d(image, torch.ones(2, 3, 3, 3, dtype=x.dtype)), x.shape[0] * 2
 
         def joint(x, w, image, *tangents):
             outputs = f(x, w, image)
             return [*outputs, *torch.autograd.grad(outputs[:2], (x, w, image), tangents), None]
 
         def inputs(n):
-            return [
-                torch.randn(n, 7, requires_grad=True),
-                torch.randn(7, 6, requires_grad=True),
-                torch.randn(2, 3, 8, 8, requires_grad=True),
-            ]
+            return [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((n, 7), (7, 6), (2, 3, 8, 8))]
 
         primals = inputs(5)
         tangents = [torch.randn_like(o) for o in f(*primals)[:2]]
@@ -228,7 +224,7 @@ class TestInductor:
         assert (num_sizes > 0) == (tracing_mode == "symbolic")
         examples = [node.meta["val"] for node in backward.graph.find_nodes(op="placeholder")]
         compiled_forward, compiled_backward = inductor(forward, primals), inductor(backward, examples)
-        for n in (5, 9) if tracing_mode == "symbolic" else (5,):
+        for n in (5, 9, 33, 2) if tracing_mode == "symbolic" else (5,):
             primals = inputs(n)
             expected = f(*primals)
             tangents = [torch.randn_like(o) for o in expected[:2]]

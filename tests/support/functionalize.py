@@ -20,10 +20,15 @@ def as_eager(functional: Callable[..., Any], eager: Callable[..., Any], *args: A
     """Assert that both return the same and leave the same in copies of the arguments."""
     expected_args, got_args = copied(args), copied(args)
     expected, got = eager(*expected_args), functional(*got_args)
-    torch.testing.assert_close(_comparable((got, got_args)), _comparable((expected, expected_args)), equal_nan=True)
+    as_comparable(got, got_args, expected, expected_args)
     for left, right in zip(tensors_of(got_args), tensors_of(expected_args), strict=True):
         if right.layout == torch.strided:
             assert left.stride() == right.stride()
+
+
+def as_comparable(got: Any, got_args: Any, expected: Any, expected_args: Any) -> None:
+    """Assert that results and written arguments are the same."""
+    torch.testing.assert_close(_comparable((got, got_args)), _comparable((expected, expected_args)), equal_nan=True)
 
 
 def copied(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from functorch_lite import _C, custom_vjp, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
-from tests.support.functionalize import aliasing_nodes, as_eager, writing_nodes
+from tests.support.functionalize import (
+    aliasing_nodes,
+    as_comparable,
+    as_eager,
+    copied,
+    writing_forms,
+    writing_nodes,
+)
+from tests.support.ops import OPS, samples_of
 
 REMOVE = ["mutations", "mutations_and_views"]
 MODES = ["real", "fake", "symbolic"]
@@ -119,6 +128,8 @@ def test_traced(name, remove, mode):
         pytest.skip("a number of a tensor, another memory, a seed, or a module made inside: not what a trace can hold")
     if mode == "symbolic" and name in ("resize_ to more", "resize_ to less", "out"):
         pytest.skip("PyTorch's functionalization changes sizes only if they are numbers")
+    if mode == "symbolic" and name == "unsafe_chunk":
+        pytest.skip("PyTorch's unsafe_chunk has no symbolic sizes in C++, without functionalize either")
     f = FUNCTIONS[name]
     traced = make_fx(functionalize(f, remove=remove), tracing_mode=mode)(numbers(2, 3))
     assert not writing_nodes(traced)
@@ -181,6 +192,8 @@ def test_compositions(name):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["grad inside", "jvp inside", "hessian inside", "vmap inside", "around vmap of grad"])
 def test_traced_compositions(name, mode):
+    if mode == "symbolic" and name in ("jvp inside", "hessian inside"):
+        pytest.skip("PyTorch's forward mode through views has no symbolic sizes, without functionalize either")
     f = COMPOSITIONS[name](smooth)
     traced = make_fx(f, tracing_mode=mode)(numbers(2, 3, seed=1))
     assert not writing_nodes(traced)
@@ -526,8 +539,56 @@ def test_operator_that_returns_views_is_refused():
     library = torch.library.Library("functorch_lite_views", "DEF")
     library.define("half(Tensor(a) x) -> Tensor(a)")
     library.impl("half", lambda x: x[: len(x) // 2], "CPU")
-    with pytest.raises(NotImplementedError, match="functionalize: the operator functorch_lite_views::half returns views"):
+    with pytest.raises(
+        NotImplementedError, match="functionalize: the operator functorch_lite_views::half returns views"
+    ):
         functionalize(torch.ops.functorch_lite_views.half)(numbers(4))
+
+
+# Every operator of PyTorch's sample database.
+
+NAMES = sorted(OPS)
+EXPANDED = {"broadcast_to", "broadcast_tensors", "expand", "expand_as", "unfold"} | {
+    f"meshgrid.{kind}_tensors" for kind in ("variadic", "list_of")
+}
+#: (operator, form) -> what is said where eager PyTorch writes.
+REFUSED = {(name, "in the result"): "one place in memory|internal overlap" for name in EXPANDED}
+REFUSED["as_strided", "in a view"] = REFUSED["as_strided.partial_views", "in a view"] = "as_strided of a view"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operator(name):
+    op = OPS[name]
+    dtype = next((dtype for dtype in (torch.float64, torch.int64) if dtype in op.supported_dtypes("cpu")), None)
+    if dtype is None or op.name.startswith(("empty", "new_empty")):
+        pytest.skip("results without meaning, or a dtype of its own")
+    for sample in samples_of(op, dtype, requires_grad=False, number=1):
+        for form, f in writing_forms(op, sample):
+            args = (sample.input, sample.args, sample.kwargs)
+            for remove in REMOVE:
+                compare_with_eager(functionalize(f, remove=remove), f, args, REFUSED.get((name, form)))
+
+
+def compare_with_eager(functional, f, args, refused=None):
+    try:
+        torch.manual_seed(0)
+        expected_args = copied(args)
+        expected = f(*expected_args)
+    except Exception:  # whatever eager PyTorch refuses
+        return
+
+    def once(*args):
+        torch.manual_seed(0)
+        return functional(*args)
+
+    got_args = copied(args)
+    try:
+        got = once(*got_args)
+    except (RuntimeError, ValueError) as error:
+        if refused is None or not re.search(refused, str(error)):
+            raise
+        return
+    as_comparable(got, got_args, expected, expected_args)
 
 
 # The level, as the compiler uses it.
