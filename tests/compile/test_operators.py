@@ -98,7 +98,7 @@ def test_refusals_and_crashes_are_told_apart():
 
         return Implementation(message, SimpleNamespace(**{**vars(EAGER.api), "aot_function": aot_function}))
 
-    sides = [failing("compile: got a list, expected a tensor."), failing("list index out of range")]
+    sides = [failing("compile: f got a list, expected a tensor."), failing("list index out of range")]
     report = compiled.sweep(ops.OPS["sin"], sides, ["function"], ops.Extent(1, None, 1))
     refused, crashed = (report.tallies["function"][side.name] for side in sides)
     assert len(refused.refused) == refused.cases == 1

@@ -35,9 +35,6 @@ SEED = 42
 #: Entries that raise an error, by form ("" for all), and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {"": {}}
 
-#: What the peer says when it cannot compile a function, beside the names of calls of ours.
-_REFUSALS = r"^\w+: (got|\w+ )|DataDependent|DynamicOutputShape|UnsupportedOperator|not supported|not implemented"
-
 
 @dataclass(frozen=True)
 class Case:
@@ -205,7 +202,7 @@ def _judge(
         runs = [case.run(compiled, order) for _ in range(2)]
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        return ("refused" if re.search(_REFUSALS, f"{error}{type(error).__name__}") else "crashed"), text
+        return ("refused" if re.search(side.refusals, text) else "crashed"), text
     found = next(filter(None, (_difference(run, expected, only_shapes) for run in runs)), "")
     return ("wrong", found) if found else ("passes", "")
 

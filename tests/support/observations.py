@@ -36,12 +36,14 @@ class Implementation:
         api: Has the names of ``functorch.compile``.
         guards: Whether a compiled function looks at its arguments, and compiles again for others.
         makes_lists: Whether it returns lists in the place of tuples.
+        refusals: What is found in the type and text of errors that name what is wrong.
     """
 
     name: str
     api: Any
     guards: bool = True
     makes_lists: bool = False
+    refusals: str = r"^\w+: (compile|aot_\w+|functionalize|vmap|grad|vjp|jvp)\b.*: "
 
     def function(self, func: Callable[..., Any], min_cut: bool = False, **options: Any) -> Callable[..., Any]:
         """The function compiled, with graphs that run as they are."""
@@ -84,7 +86,8 @@ def peer() -> Implementation:
     """PyTorch's. A function that it has compiled takes any later argument for one like the first."""
     import functorch.compile
 
-    return Implementation("functorch.compile", functorch.compile, guards=False, makes_lists=True)
+    refusals = "DataDependent|DynamicOutputShape|UnsupportedOperator|not supported|not implemented"
+    return Implementation("functorch.compile", functorch.compile, False, True, refusals)
 
 
 def vectors(count: int) -> Callable[[int], list[Any]]:
