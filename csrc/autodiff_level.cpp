@@ -216,7 +216,7 @@ at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& 
   {
     RunBelow below(*this);
     // In-place operators write into tangents, which must then be batched wherever their primals are.
-    if (is_batched(primal)) direction = at::add(tangent, at::zeros_like(primal));
+    if (is_transformed(primal)) direction = at::add(tangent, at::zeros_like(primal));
     if (primal.is_conj() || primal.is_neg() || tangent.is_conj() || tangent.is_neg()) {
       direction = in_form_of(primal, direction);
     }
@@ -283,7 +283,7 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     const auto& value = as_wrapper(outputs[i])->value();
     roots.push_back(outputs[i]);
     // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
-    root_cotangents.push_back(is_batched(value) ? at::add(cotangents[i], at::zeros_like(value)) : cotangents[i]);
+    root_cotangents.push_back(is_transformed(value) ? at::add(cotangents[i], at::zeros_like(value)) : cotangents[i]);
     seen_outside |= may_be_differentiated(value, modes);
     seen_outside |= may_be_differentiated(cotangents[i], modes);
   }

@@ -193,10 +193,9 @@ const at::Tensor& innermost_value(const at::Tensor& tensor) {
   return *result;
 }
 
-bool is_batched(const at::Tensor& tensor) {
+bool is_transformed(const at::Tensor& tensor) {
   const auto* wrapper = as_wrapper(tensor);
-  if (wrapper == nullptr || wrapper->is_symbolic_zero()) return false;
-  return wrapper->bdim() != kNoBatchDim || is_batched(wrapper->value());
+  return wrapper != nullptr && (!wrapper->functional().defined() || is_transformed(wrapper->value()));
 }
 
 namespace {

@@ -101,8 +101,8 @@ at::Tensor make_symbolic_zero(c10::SymIntArrayRef sizes, c10::ScalarType dtype, 
 at::Tensor strip_closed_levels(at::Tensor tensor);
 // The tensor below all wrappers.
 const at::Tensor& innermost_value(const at::Tensor& tensor);
-// Whether a vmap hides a dimension of the tensor, at its level or further down.
-bool is_batched(const at::Tensor& tensor);
+// Whether the tensor is one of a level that batches or differentiates.
+bool is_transformed(const at::Tensor& tensor);
 // Whether what is below all wrappers of both lies in one memory.
 bool have_one_storage(const at::Tensor& a, const at::Tensor& b);
 

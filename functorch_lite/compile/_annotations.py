@@ -39,6 +39,8 @@ class Annotations(TorchDispatchMode):
     to which.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, graph: fx.Graph, modules: ModuleStack) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph, self._modules = graph, modules

@@ -43,6 +43,13 @@ class _Bits:
         return x.conj() if self.is_conj else x
 
 
+@dataclass
+class Argument:
+    """An output that is an argument."""
+
+    number: int
+
+
 class Bases:
     """The inputs of a function, with others in the place of views."""
 
@@ -83,7 +90,9 @@ class Bases:
         """``function``, taking bases and other inputs."""
 
         def of_bases(tensors: list[Any]) -> list[Any]:
-            return function([self._view(place, tensors) for place in self._places])
+            given = [self._view(place, tensors) for place in self._places]
+            numbers = {id(x): i for i, x in enumerate(given)}
+            return [Argument(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in function(list(given))]
 
         return of_bases
 

@@ -157,8 +157,6 @@ class _Entry:
         if of_written is not None:
             self._bases = of_written
             trace = traced(self._bases)
-        self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
-        self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
         self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
         self._training = [(module, module.training) for module in trace.modules.seen]
         self._owners = [
@@ -170,6 +168,9 @@ class _Entry:
             if member is tensor
         ]
         self.specialization = Specialization(trace, compiled.options)
+        # Compilers may have added some.
+        self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
+        self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
         """Whether the graph is right for these, of which the key is that of the entry."""
@@ -188,9 +189,10 @@ class _Entry:
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
-        if self._bases is not None:
-            tensors = self._bases.tensors(tensors)
-        return self.specialization.run(tensors, level)
+        if self._bases is None:
+            return self.specialization.run(tensors, level)
+        leaves = self.specialization.run(self._bases.tensors(tensors), level)
+        return [tensors[x.number] if isinstance(x, _bases.Argument) else x for x in leaves]
 
 
 def _captured_key(tensor: Any) -> Any:

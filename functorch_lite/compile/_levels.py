@@ -96,37 +96,44 @@ def _with_tangents(
             outputs, found = compiled.call(values, structure, names)
         return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in outputs], found
 
-    def make() -> Any:
-        def pushed(leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
-            primals, directions = leaves[: len(leaves) - len(which)], leaves[len(leaves) - len(which) :]
-            with _C.AutodiffLevel(True, "jvp") as inner:
-                lifted = [inner.lift_constant(x) if isinstance(x, Tensor) else x for x in primals]
-                for i, direction in zip(which, directions, strict=True):
-                    lifted[i] = inner.lift_dual(primals[i], direction)
-                outputs, found = compiled.function(lifted, structure)
-                tangents = [inner.tangent_of(x) if isinstance(x, Tensor) else None for x in outputs]
-                values = _below(outputs, inner.value_of)
-            return [*values, *tangents], (found, len(values))
-
-        return pushed
-
-    derived = _derived(compiled, ("jvp", tuple(which)), make)
+    derived = _derived(compiled, ("jvp", tuple(which)), lambda: _pushed_forward(compiled, which))
 
     def all_names() -> list[str]:
         own = names()
         return own + [f"tangent_of_{own[i]}" for i in which]
 
+    def lifted(value: Any, tangent: Tensor | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return level.lift_constant(value) if tangent is None else level.lift_dual(value, tangent)
+
     with _C.Below():
-        results, (found, count) = derived.call([*values, *(tangents[i] for i in which)], structure, all_names)
-    duals = [
-        value
-        if not isinstance(value, Tensor)
-        else level.lift_constant(value)
-        if tangent is None
-        else level.lift_dual(value, tangent)
-        for value, tangent in zip(results[:count], results[count:], strict=True)
-    ]
-    return duals, found
+        results, (found, count, written) = derived.call(
+            [*values, *(tangents[i] for i in which)], structure, all_names
+        )
+    for i, tangent in zip(written, results[2 * count :], strict=True):
+        level.take_derivative(leaves[i], level.lift_dual(values[i], tangent))
+    return [lifted(x, t) for x, t in zip(results[:count], results[count : 2 * count], strict=True)], found
+
+
+def _pushed_forward(compiled: CompiledLeaves, which: Sequence[int]) -> Any:
+    """From leaves and tangents of the selected ones to outputs, their tangents, and those of leaves that are written."""
+
+    def pushed(leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
+        primals, directions = leaves[: len(leaves) - len(which)], leaves[len(leaves) - len(which) :]
+        with _C.AutodiffLevel(True, "jvp") as level:
+            lifted = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in primals]
+            for i, direction in zip(which, directions, strict=True):
+                lifted[i] = level.lift_dual(primals[i], direction)
+            versions = [x._version if isinstance(x, Tensor) else 0 for x in lifted]
+            outputs, found = compiled.function(list(lifted), structure)
+            tangents = [level.tangent_of(x) if isinstance(x, Tensor) else None for x in outputs]
+            values = _below(outputs, level.value_of)
+            changed = [i for i, x in enumerate(lifted) if isinstance(x, Tensor) and x._version != versions[i]]
+            new = {i: tangent for i in changed if (tangent := level.tangent_of(lifted[i])) is not None}
+        return [*values, *tangents, *new.values()], (found, len(values), tuple(new))
+
+    return pushed
 
 
 def _recorded(

@@ -14,11 +14,13 @@ from torch.utils import _pytree as pytree
 
 from functorch_lite import _C, _tree
 from functorch_lite.compile._annotations import ModuleStack
+from functorch_lite.compile._subclasses import plain_tensors
 
 #: From tensors to the leaves of the output.
 TensorsFunction = Callable[[list[Any]], list[Any]]
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PYTHON = torch._C.DispatchKey.Python
 
 
 @dataclass
@@ -129,9 +131,9 @@ class _Captures(TorchFunctionMode):
 
     def _inside(self, tensor: Tensor) -> Tensor:
         below = _C.innermost_value(tensor) if _C.is_wrapper(tensor) else tensor
-        # Fake tensors compute with real ones on their own account: meanwhile their mode is off.
-        is_ours = isinstance(below, FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is None
-        return tensor if is_ours else self._lift(tensor)
+        if isinstance(plain_tensors(below)[0], FakeTensor) or _is_inside_fake_tensors():
+            return tensor
+        return self._lift(tensor)
 
     def _grad(
         self,
@@ -155,6 +157,11 @@ class _Captures(TorchFunctionMode):
         if materialize_grads:
             found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
         return tuple(found)
+
+
+def _is_inside_fake_tensors() -> bool:
+    """Whether fake tensors compute with real ones, on their own account."""
+    return torch._C._get_dispatch_mode(_FAKE) is None or torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
 
 
 def _as_list(tensors: Any) -> list[Any]:

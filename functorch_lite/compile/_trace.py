@@ -86,8 +86,9 @@ class Trace:
     def pull_back(self, leaves: Sequence[Any]) -> list[Tensor | None]:
         """The gradients of all inputs, computed by the function itself from inputs and tangents."""
         count = len(self.inputs)
+        written = {write.input for write in self.writes}
         run = Run(self.function, list(self.inputs), self.grad_mode)
-        run.forward(leaves[:count])
+        run.forward([x.clone() if i in written else x for i, x in enumerate(leaves[:count])])
         sources = [self.sources[i] for i in self.differentiated]
         return run.backward([source for source in sources if source is not None], leaves[count:])
 
