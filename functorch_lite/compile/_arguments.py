@@ -44,7 +44,10 @@ class Arguments:
     def check(self, names: Sequence[str]) -> None:
         """Require arguments that can be traced."""
         for name, place, static in zip(names, self.places, self.statics, strict=True):
-            _checks.check_argument(name, static if place is None else self.tensors[place])
+            if place is None:
+                _checks.check_hash(name, static, _static_key(static))
+            else:
+                _checks.check_traceable(name, self.tensors[place])
 
     def check_generators(self, used: Sequence[torch.Generator]) -> None:
         """Require that they are arguments: one that the function makes would be made once."""

@@ -190,18 +190,20 @@ def refuse_fake(location: str, reason: str) -> NoReturn:
     )
 
 
-def check_argument(name: str, value: Any) -> None:
-    """Require something that graphs can be found again by, or a tensor that can be traced."""
-    if isinstance(value, torch.Tensor):
-        if value.is_nested or value.is_quantized:
-            kind = "nested" if value.is_nested else "quantized"
-            raise NotImplementedError(
-                f"compile: argument {name} is a {kind} tensor, which cannot be traced. Pass "
-                f"{'padded tensors and a mask' if value.is_nested else 'x.dequantize()'}."
-            )
-        return
+def check_traceable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse tensors that fake tensors do not know."""
+    if tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized"
+        raise NotImplementedError(
+            f"compile: argument {name} is a {kind} tensor, which cannot be traced. Pass "
+            f"{'padded tensors and a mask' if tensor.is_nested else 'x.dequantize()'}."
+        )
+
+
+def check_hash(name: str, value: Any, key: Any) -> None:
+    """Require something that graphs can be found again by."""
     try:
-        hash(value)
+        hash(key)
     except TypeError:
         raise TypeError(
             f"compile: argument {name} is a {type(value).__name__}, which has no hash, so that there is no telling "

@@ -198,12 +198,26 @@ class Specialization:
             for i, (x, needed) in enumerate(zip(inputs, self._needed, strict=True))
         ]
 
-    def gradients(self, kept: Sequence[Tensor | None], shapes: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
+    def stand_ins(self, inputs: Sequence[Any]) -> list[Any]:
+        """What the function may be called with again, for inputs that are not kept: their shapes, or integers."""
+        return [
+            None if needed else (x.shape, x.stride()) if x.is_floating_point() or x.is_complex() else x
+            for x, needed in zip(inputs, self._needed, strict=True)
+        ]
+
+    def gradients(
+        self, kept: Sequence[Tensor | None], stand_ins: Sequence[Any], tangents: Sequence[Tensor]
+    ) -> list[Any]:
         """The same as a function that can be differentiated, of what was kept of the inputs."""
-        described = zip(kept, shapes, self.trace.fakes, strict=True)
+
+        def stood_for(stand_in: Any, fake: Tensor) -> Tensor:
+            if isinstance(stand_in, Tensor):
+                return stand_in
+            return torch.empty_strided(*stand_in, dtype=fake.dtype, device=fake.device).zero_()
+
         inputs = [
-            torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device).zero_() if x is None else x
-            for x, (shape, stride), fake in described
+            stood_for(stand_in, fake) if x is None else x
+            for x, stand_in, fake in zip(kept, stand_ins, self.trace.fakes, strict=True)
         ]
         names = [one.name for one in self.trace.inputs] + [f"tangent_{i}" for i in range(len(tangents))]
         return self._derivative.call([*inputs, *tangents], None, lambda: names)[0]
@@ -233,7 +247,7 @@ class _Node(Function):
         results = [_own(result) for result in results]
         ctx.saved_count = len(saved)
         ctx.save_for_backward(*saved, *specialization.kept(inputs))
-        ctx.shapes = [(x.shape, x.stride()) for x in inputs]
+        ctx.stand_ins = specialization.stand_ins(inputs)
         differentiated = set(specialization.trace.differentiated)
         ctx.mark_non_differentiable(
             *(x for i, x in enumerate(results) if isinstance(x, Tensor) and i not in differentiated)
@@ -248,7 +262,7 @@ class _Node(Function):
         tangents = [grads[i] for i in specialization.trace.differentiated]
         if torch.is_grad_enabled():
             with _random.drawn_from(ctx.generators):
-                gradients = specialization.gradients(saved[ctx.saved_count :], ctx.shapes, tangents)
+                gradients = specialization.gradients(saved[ctx.saved_count :], ctx.stand_ins, tangents)
         else:
             gradients = specialization.backward(saved[: ctx.saved_count], ctx.integers, tangents)
         return (None, None, *gradients)

@@ -358,8 +358,7 @@ class _TracedRun(Run):
     def _of_input(self, k: int, i: int) -> Output:
         """An output that shares memory with an input."""
         leaf, argument = self.leaves[k], self.arguments[i]
-        is_same_value = self.level.value_of(leaf) is self.level.value_of(argument)
-        if leaf is argument or (is_same_value and leaf.requires_grad == argument.requires_grad):
+        if leaf is argument or self.level.value_of(leaf) is self.level.value_of(argument):
             return SameAsInput(i)
         # A torch.autograd.Function that returns a view has a derivative of its own.
         is_view = leaf._is_view() and leaf._base is (argument._base if argument._is_view() else argument)
