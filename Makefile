@@ -50,13 +50,15 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure overhead, batching rules, linearize, memory, modules and attention
+bench: build/ready  ## Measure overhead, batching rules, linearize, memory, modules, attention, partitions and compiled steps
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/rules.py
 	@$(PY) benchmarks/linearize.py
 	@$(PY) benchmarks/memory.py
 	@$(PY) benchmarks/modules.py
 	@$(PY) benchmarks/attention.py
+	@$(PY) benchmarks/partition.py
+	@$(PY) benchmarks/compile_memory.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py
