@@ -1,6 +1,7 @@
 // Counts what PyTorch's allocators hand out to this thread, with kernels' own buffers.
 #pragma once
 
+#include <torch/csrc/profiler/orchestration/observer.h>
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
 
@@ -32,8 +33,16 @@ class MemoryMeter {
   int64_t peak() const { return counter_->peak; }
 
  private:
-  struct Counter final : c10::MemoryReportingInfoBase {
-    explicit Counter(c10::DeviceType type) : device(type) {}
+  // PyTorch takes what is installed there for a profiler, and asks for its configuration.
+  struct Counter final : torch::profiler::impl::ProfilerStateBase {
+    explicit Counter(c10::DeviceType type)
+        : ProfilerStateBase(torch::profiler::impl::ProfilerConfig(torch::profiler::impl::ProfilerState::Disabled,
+                                                                  /*report_input_shapes=*/false,
+                                                                  /*profile_memory=*/true)),
+          device(type) {}
+    torch::profiler::impl::ActiveProfilerType profilerType() override {
+      return torch::profiler::impl::ActiveProfilerType::NONE;
+    }
     void reportMemoryUsage(void* memory, int64_t bytes, size_t allocated, size_t reserved, c10::Device where) override {
       if (before != nullptr && before->memoryProfilingEnabled()) {
         before->reportMemoryUsage(memory, bytes, allocated, reserved, where);
@@ -42,7 +51,6 @@ class MemoryMeter {
       live += bytes;
       peak = std::max(peak, live);
     }
-    bool memoryProfilingEnabled() const override { return true; }
 
     c10::MemoryReportingInfoBase* before = nullptr;
     c10::DeviceType device;

@@ -15,7 +15,7 @@ from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._backends import make_boxed_func
 from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
-from functorch_lite.compile._subclasses import Packing, plain_tensors
+from functorch_lite.compile._subclasses import Packing, is_subclass, plain_tensors
 from functorch_lite.compile._trace import Trace
 
 if TYPE_CHECKING:
@@ -181,11 +181,12 @@ class Specialization:
             results = self._forward(packing.flatten(values))
         return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
 
-    def backward(self, saved: Sequence[Tensor], integers: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
-        """The gradients of all inputs."""
+    def backward(self, saved: list[Tensor], integers: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
+        """The gradients of all inputs. Lets go of ``saved``."""
         tangents = [_in_order(tangent, order) for tangent, order in zip(tangents, self.trace.orders, strict=True)]
-        plain = [part for tangent in tangents for part in plain_tensors(tangent)]
-        return self.trace.gradients.unflatten(self._backward([*integers, *saved, *plain]))
+        inputs = [*integers, *saved, *(part for tangent in tangents for part in plain_tensors(tangent))]
+        saved.clear()
+        return self.trace.gradients.unflatten(self._backward(inputs))
 
     def _compiled(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any]) -> GraphFunction:
         return GraphFunction(compiler, module, example_inputs, self.options)
@@ -245,8 +246,10 @@ class _Node(Function):
                 results, saved, ctx.integers = specialization.forward(values)
             results = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
         results = [_own(result) for result in results]
-        ctx.saved_count = len(saved)
-        ctx.save_for_backward(*saved, *specialization.kept(inputs))
+        ctx.hidden = _hidden(saved, (*inputs, *results)) if level is None else {}
+        seen = [x for i, x in enumerate(saved) if i not in ctx.hidden]
+        ctx.seen_count = len(seen)
+        ctx.save_for_backward(*seen, *specialization.kept(inputs))
         ctx.stand_ins = specialization.stand_ins(inputs)
         differentiated = set(specialization.trace.differentiated)
         ctx.mark_non_differentiable(
@@ -259,13 +262,28 @@ class _Node(Function):
         """The gradients of the inputs."""
         specialization = ctx.specialization
         saved = [_C.strip_closed_levels(x) if x is not None and _C.is_wrapper(x) else x for x in ctx.saved_tensors]
+        seen, kept = saved[: ctx.seen_count], saved[ctx.seen_count :]
         tangents = [grads[i] for i in specialization.trace.differentiated]
         if torch.is_grad_enabled():
             with _random.drawn_from(ctx.generators):
-                gradients = specialization.gradients(saved[ctx.saved_count :], ctx.stand_ins, tangents)
-        else:
-            gradients = specialization.backward(saved[: ctx.saved_count], ctx.integers, tangents)
-        return (None, None, *gradients)
+                return None, None, *specialization.gradients(kept, ctx.stand_ins, tangents)
+        for i, x in sorted(ctx.hidden.items()):
+            seen.insert(i, x)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.hidden = {}  # the graph frees each after its last use
+        return None, None, *specialization.backward(seen, ctx.integers, tangents)
+
+
+def _hidden(saved: Sequence[Tensor], seen: Sequence[Any]) -> dict[int, Tensor]:
+    """The saved tensors whose memory nobody else sees, by number: these need not be watched, and can be freed early."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return {}
+    memories = {x.untyped_storage()._cdata for x in seen if _has_memory(x)}
+    return {i: x for i, x in enumerate(saved) if _has_memory(x) and x.untyped_storage()._cdata not in memories}
+
+
+def _has_memory(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided and not is_subclass(x)
 
 
 class _Plainly:
