@@ -331,9 +331,9 @@ def integer_argument_as_size(x, n):
     return x[:n], x.new_zeros(n)
 
 
-@case(leaves=lambda n: [*vectors(1)(n), torch.float32, torch.device("cpu"), slice(0, 2)])
-def dtype_device_and_slice(x, dtype, device, rows):
-    return x.to(dtype).to(device)[rows]
+@case(leaves=lambda n: [*vectors(1)(n), torch.float32, torch.device("cpu"), range(2)])
+def dtype_device_and_range(x, dtype, device, rows):
+    return x.to(dtype).to(device)[list(rows)]
 
 
 @case(leaves=vectors(3), arguments=lambda x, y, z: ({"a": x, "b": [y, (z, 2.0)]}, []))
