@@ -1,9 +1,9 @@
 """Memory and time of compiled training steps: eager, ours and functorch.compile in turns, on one thread.
 
-Run with ``python benchmarks/compile_memory.py``. Graphs run as they are (no code is generated), so the figures are
-theirs. *saved* is what the forward pass keeps for the backward pass, parameters and inputs not counted; *peak*
-the most that a step (forward and backward) has allocated at any one time, its gradients included. *trace* is the first
-call, in which everything is compiled, *step* any later one.
+Run with ``python benchmarks/compile_memory.py``. Graphs run operator by operator, and free each input after its last
+use, on both sides. *saved* is what the forward pass keeps for the backward pass, parameters and inputs not counted;
+*peak* the most that a step (forward and backward) has allocated at any one time, its gradients included. *trace* is the
+first call, in which everything is compiled, *step* any later one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import functorch.compile
 import torch
@@ -40,17 +39,6 @@ WORKLOADS = {"mlp": mlp, "transformer": transformer}
 SIDES = {"functorch_lite": functorch_lite.compile, "functorch.compile": functorch.compile}
 
 
-def _as_it_is(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-    """A compiler whose result runs the graph, and lets go of inputs that are used no more."""
-    interpreter = torch.fx.Interpreter(graph)
-
-    def run(boxed: list[Any]) -> Any:
-        return interpreter.boxed_run(boxed)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
 def ways() -> dict[str, Callable[[nn.Module], nn.Module]]:
     """How a module is run: eager, and by both sides with each partition."""
     found: dict[str, Callable[[nn.Module], nn.Module]] = {"eager": lambda module: module}
@@ -58,7 +46,7 @@ def ways() -> dict[str, Callable[[nn.Module], nn.Module]]:
         for name in ("default_partition", "min_cut_rematerialization_partition"):
             partition = getattr(api, name)
             found[f"{side}, {name.split('_')[0]}"] = lambda module, api=api, partition=partition: api.aot_module(
-                module, _as_it_is, partition_fn=partition
+                module, functorch_lite.compile.nop, partition_fn=partition
             )
     return found
 

@@ -50,8 +50,9 @@ class Source:
 class Run:
     """Calls the function with variables of a level, and pulls gradients back."""
 
-    def __init__(self, function: TensorsFunction, inputs: list[Input], grad_mode: bool) -> None:
-        self.function, self.inputs, self.grad_mode = function, inputs, grad_mode
+    def __init__(self, function: TensorsFunction, inputs: list[Input], grad_mode: bool, copies: bool) -> None:
+        """``copies``: whether variables that are no leaves may be written, which takes a copy of them."""
+        self.function, self.inputs, self.grad_mode, self.copies = function, inputs, grad_mode, copies
         self.level = _C.AutodiffLevel(False, "compile")
         self.captures = _Captures(self.level, self._capture)
         self.modules = ModuleStack()
@@ -92,8 +93,7 @@ class Run:
     def lift(self, one: Input, value: Tensor) -> Tensor:
         """Add an input."""
         variable = self.level.lift_variable(value) if one.differentiated else self.level.lift_constant(value)
-        # Only leaves refuse in-place operators. The copy is taken out of the graph again.
-        argument = variable if one.is_leaf or not one.differentiated else variable.clone()
+        argument = variable.clone() if self.copies and one.differentiated and not one.is_leaf else variable
         self.variables.append(variable)
         self.arguments.append(argument)
         return argument

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -56,6 +56,7 @@ class Trace:
     graph_module: fx.GraphModule
     function: TensorsFunction
     grad_mode: bool
+    copies: bool
     inputs: list[Input]
     fakes: list[Any]
     #: The forward results, as fakes, and where they come from; None for a memory that has no derivative.
@@ -99,7 +100,7 @@ class Trace:
         """The gradients of all inputs, computed by the function itself from inputs and tangents."""
         count = len(self.inputs)
         written = {write.input for write in self.writes}
-        run = Run(self.function, list(self.inputs), self.grad_mode)
+        run = Run(self.function, list(self.inputs), self.grad_mode, self.copies)
         run.forward([x.clone() if i in written else x for i, x in enumerate(leaves[:count])])
         sources = [self.sources[i] for i in self.differentiated]
         return run.backward([source for source in sources if source is not None], leaves[count:])
@@ -113,10 +114,31 @@ def trace(
     symbolic: bool,
 ) -> Trace:
     """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode."""
+    try:
+        return _traced(function, [replace(one) for one in inputs], decompositions, shape_env, symbolic, copies=False)
+    except RuntimeError as error:
+        # The variables of the run are leaves, also where the arguments are none.
+        may_be_written = any(one.differentiated and not one.is_leaf for one in inputs)
+        if not (may_be_written and _LEAF_WRITTEN in str(error)):
+            raise
+    return _traced(function, list(inputs), decompositions, shape_env, symbolic, copies=True)
+
+
+_LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place operation"
+
+
+def _traced(
+    function: TensorsFunction,
+    inputs: list[Input],
+    decompositions: Decompositions,
+    shape_env: Any,
+    symbolic: bool,
+    copies: bool,
+) -> Trace:
     # Without allow_non_fake_inputs: a real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=shape_env)
     with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
-        run = _TracedRun(function, list(inputs), fake_mode)
+        run = _TracedRun(function, inputs, fake_mode, copies)
         plain = Packing(run.fakes).flatten(run.fakes)
         with _explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
@@ -200,8 +222,8 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 class _TracedRun(Run):
     """A run under the tracer, with a functionalize level below."""
 
-    def __init__(self, function: TensorsFunction, inputs: list[Input], fake_mode: FakeTensorMode) -> None:
-        super().__init__(function, inputs, torch.is_grad_enabled())
+    def __init__(self, function: TensorsFunction, inputs: list[Input], fake_mode: FakeTensorMode, copies: bool) -> None:
+        super().__init__(function, inputs, torch.is_grad_enabled(), copies)
         self.fake_mode = fake_mode
         self.storage = _C.FunctionalizeLevel(True)
         self.fakes = [self._fake(one) for one in inputs]
@@ -412,6 +434,7 @@ class _TracedRun(Run):
             module,
             self.function,
             self.grad_mode,
+            self.copies,
             self.inputs,
             self.fakes,
             self.values,
