@@ -80,12 +80,17 @@ class Annotations(TorchDispatchMode):
         return meta
 
     def _source_of_running_node(self) -> dict[str, Any]:
-        """Of the operator that made it, or, if autograd made it for several, the last one before."""
+        """That of the operator that made it."""
         running = torch._C._current_autograd_node()
         if running is None:
             return {}
-        i = bisect.bisect_right(self._numbers, running._sequence_nr())
-        return self._sources[self._numbers[i - 1]] if i else {}
+        # An operator may take several numbers, and is known by the last. A node for a write through a view is made
+        # when the operator has run.
+        number = running._sequence_nr()
+        i = bisect.bisect_left(self._numbers, number)
+        if running.name() == "CopySlices" or i == len(self._numbers):
+            i = bisect.bisect_right(self._numbers, number) - 1
+        return self._sources[self._numbers[i]] if i >= 0 else {}
 
 
 def _user_stack() -> str:

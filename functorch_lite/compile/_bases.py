@@ -90,7 +90,8 @@ class Bases:
         """``function``, taking bases and other inputs."""
 
         def of_bases(tensors: list[Any]) -> list[Any]:
-            given = [self._view(place, tensors) for place in self._places]
+            with torch.enable_grad():  # as the arguments were made
+                given = [self._view(place, tensors) for place in self._places]
             numbers = {id(x): i for i, x in enumerate(given)}
             return [Argument(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in function(list(given))]
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from functorch_lite import _C
@@ -130,8 +129,6 @@ class _Entry:
         names: Sequence[str],
         shared: list[list[int]],
     ) -> None:
-        # Sizes that happen to be equal in the first call need not be equal in the next.
-        self._shape_env = ShapeEnv(duck_shape=False)
         self.structure: Any = None
         template = arguments.template()
 
@@ -159,7 +156,7 @@ class _Entry:
             taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
             self._count = len(taken)
             options = compiled.options
-            return _trace.trace(of_bases, taken, options.decompositions, self._shape_env, options.dynamic)
+            return _trace.trace(of_bases, taken, options.decompositions, options.dynamic)
 
         self._bases = _bases.of_views(arguments.tensors)
         trace = traced(self._bases)
@@ -181,7 +178,7 @@ class _Entry:
         self.specialization = Specialization(trace, compiled.options)
         # Compilers may have added some.
         self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
-        self._guards = trace.guards(self._shape_env) if compiled.options.dynamic else None
+        self._guards = trace.guards() if compiled.options.dynamic else None
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
         """Whether the graph is right for these, of which the key is that of the entry."""
@@ -189,14 +186,8 @@ class _Entry:
             all(_captured_key(tensor) == key for tensor, key in self._captured)
             and all(module.training == training for module, training in self._training)
             and all(members.get(name) is tensor for members, name, tensor in self._owners)
-            and self._fulfils_guards(tensors)
+            and (self._guards is None or self._guards([tensors[i] for i in self._dynamic]))
         )
-
-    def _fulfils_guards(self, tensors: list[Tensor]) -> bool:
-        if self._guards is None:
-            return True
-        dynamic = [tensors[i] for i in self._dynamic]
-        return bool(self._shape_env.evaluate_guards_expression(self._guards, dynamic))
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""

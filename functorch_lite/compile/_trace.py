@@ -33,7 +33,7 @@ from torch.fx.experimental.proxy_tensor import (
     py_sym_types,
     track_tensor_tree,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from functorch_lite import _C
 from functorch_lite._boundary import name_of_tensor
@@ -71,6 +71,7 @@ class Trace:
     outputs: list[Output]
     writes: list[Write]
     modules: ModuleStack
+    shape_env: ShapeEnv
 
     @functools.cached_property
     def packed_inputs(self) -> Packing:
@@ -90,11 +91,13 @@ class Trace:
         """The random generators that the graph draws from, beside PyTorch's own."""
         return [value for value in vars(self.graph_module).values() if isinstance(value, torch.Generator)]
 
-    def guards(self, shape_env: Any) -> str | None:
-        """What the sizes of the arguments have to fulfil, as a Python expression; None for anything."""
+    def guards(self) -> Callable[[Sequence[Tensor]], bool]:
+        """Whether the graph is right for the sizes of the dynamic inputs."""
         arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.dynamic]
-        expression: str | None = shape_env.produce_guards_expression(arguments)
-        return expression
+        expression = self.shape_env.produce_guards_expression(arguments)
+        if expression is None:
+            return lambda tensors: True
+        return lambda tensors: bool(self.shape_env.evaluate_guards_expression(expression, tensors))
 
     def pull_back(self, leaves: Sequence[Any]) -> list[Tensor | None]:
         """The gradients of all inputs, computed by the function itself from inputs and tangents."""
@@ -110,33 +113,35 @@ def trace(
     function: TensorsFunction,
     inputs: Sequence[Input],
     decompositions: Decompositions,
-    shape_env: Any,
     symbolic: bool,
 ) -> Trace:
     """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode."""
     try:
-        return _traced(function, [replace(one) for one in inputs], decompositions, shape_env, symbolic, copies=False)
-    except RuntimeError as error:
+        return _traced(function, [replace(one) for one in inputs], decompositions, symbolic, copies=False)
+    except (RuntimeError, ValueError) as error:
         # The variables of the run are leaves, also where the arguments are none.
         may_be_written = any(one.differentiated and not one.is_leaf for one in inputs)
-        if not (may_be_written and _LEAF_WRITTEN in str(error)):
+        if not (may_be_written and any(text in str(error) for text in _LEAF_WRITTEN)):
             raise
-    return _traced(function, list(inputs), decompositions, shape_env, symbolic, copies=True)
+    return _traced(function, list(inputs), decompositions, symbolic, copies=True)
 
 
-_LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place operation"
+_LEAF_WRITTEN = (
+    "leaf Variable that requires grad is being used in an in-place operation",
+    "writes into the input that is differentiated",
+)
 
 
 def _traced(
     function: TensorsFunction,
     inputs: list[Input],
     decompositions: Decompositions,
-    shape_env: Any,
     symbolic: bool,
     copies: bool,
 ) -> Trace:
-    # Without allow_non_fake_inputs: a real tensor that slips through would become a constant.
-    fake_mode = FakeTensorMode(shape_env=shape_env)
+    # Sizes that happen to be equal in this call need not be equal in the next. And without allow_non_fake_inputs: a
+    # real tensor that slips through would become a constant.
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, inputs, fake_mode, copies)
         plain = Packing(run.fakes).flatten(run.fakes)
@@ -230,6 +235,7 @@ class _TracedRun(Run):
         self.arguments_given = len(inputs)
         self.roots: list[Tensor] = []  # the memory of the arguments before the function has run
         self.metadata: list[tuple[Any, ...]] = []
+        self.histories: list[Any] = []  # the nodes of the arguments, before
         self.captured: list[fx.Node] = []  # placeholders
         self.results: list[Any] = []
         self.sources: list[Source | None] = []
@@ -265,6 +271,7 @@ class _TracedRun(Run):
         argument = super().lift(one, self.storage.lift(value))
         self.roots.append(self._memory_value(argument))
         self.metadata.append(_metadata(argument))
+        self.histories.append(argument.grad_fn)
         return argument
 
     def new_input(self, tensor: Tensor) -> Tensor:
@@ -348,10 +355,13 @@ class _TracedRun(Run):
                 self._remember_views(shape, argument, self.roots[i])
                 if self.views[-1][-1].shape != argument.shape:
                     _checks.refuse_set(self.inputs[i].name)
-            if contents or shape is not None:
-                result = self._add(argument, Source("argument", i)) if contents else None
-                differentiated = argument.requires_grad and not argument.is_leaf
-                self.writes.append(Write(i, result, shape, differentiated))
+            if not contents and shape is None:
+                continue
+            recorded = argument.requires_grad and argument.grad_fn is not self.histories[i]
+            result = None
+            if contents:
+                result = self._add(argument if recorded else self.level.value_of(argument), Source("argument", i))
+            self.writes.append(Write(i, result, shape, recorded))
 
     def _remember_views(self, views: ViewGraph, tensor: Tensor, root: Tensor) -> None:
         self.views.append((views, root, self.storage.replay_views(self.level.value_of(tensor), root)))
@@ -446,6 +456,7 @@ class _TracedRun(Run):
             self.outputs,
             self.writes,
             self.modules,
+            self.fake_mode.shape_env,
         )
 
     def _name_placeholders(self, graph: fx.Graph) -> None:
