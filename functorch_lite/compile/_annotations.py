@@ -87,10 +87,10 @@ class Annotations(TorchDispatchMode):
         # An operator may take several numbers, and is known by the last. A node for a write through a view is made
         # when the operator has run.
         number = running._sequence_nr()
-        i = bisect.bisect_left(self._numbers, number)
-        if running.name() == "CopySlices" or i == len(self._numbers):
-            i = bisect.bisect_right(self._numbers, number) - 1
-        return self._sources[self._numbers[i]] if i >= 0 else {}
+        before = reversed(self._numbers[: bisect.bisect_right(self._numbers, number)])
+        after = self._numbers[bisect.bisect_left(self._numbers, number) :]
+        candidates = [*before, *after] if running.name() == "CopySlices" else [*after[:1], *before]
+        return next((source for i in candidates if (source := self._sources[i])), {})
 
 
 def _user_stack() -> str:

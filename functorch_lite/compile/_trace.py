@@ -230,6 +230,8 @@ class _TracedRun(Run):
     def __init__(self, function: TensorsFunction, inputs: list[Input], fake_mode: FakeTensorMode, copies: bool) -> None:
         super().__init__(function, inputs, torch.is_grad_enabled(), copies)
         self.fake_mode = fake_mode
+        assert fake_mode.shape_env is not None
+        self.shape_env = fake_mode.shape_env
         self.storage = _C.FunctionalizeLevel(True)
         self.fakes = [self._fake(one) for one in inputs]
         self.arguments_given = len(inputs)
@@ -456,7 +458,7 @@ class _TracedRun(Run):
             self.outputs,
             self.writes,
             self.modules,
-            self.fake_mode.shape_env,
+            self.shape_env,
         )
 
     def _name_placeholders(self, graph: fx.Graph) -> None:

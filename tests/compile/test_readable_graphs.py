@@ -345,12 +345,22 @@ def test_nothing_is_in_place(name):
     assert not [node for node in graphs.nodes() if _writes(node)]
 
 
-#: Operators that prepare an argument, or keep a copy of it, around the function.
+#: Operators that prepare an argument, or keep a copy of it, around the function, and those that pull back through them.
 AROUND = {aten.clone.default, aten.as_strided.default, aten._conj.default, aten._neg_view.default}
+PULLED_BACK = {
+    aten._conj.default,
+    aten.neg.default,
+    aten.new_zeros.default,
+    aten.as_strided.default,
+    aten.copy.default,
+}
 
 
 def _is_around(node):
-    return node.target in AROUND and node.args[0].op == "placeholder" and not node.stack_trace
+    if node.stack_trace:
+        return False
+    is_backward = node.meta.get("partitioner_tag") == "is_backward"
+    return node.target in (PULLED_BACK if is_backward else AROUND)
 
 
 #: The user's code that runs beside the function itself.

@@ -52,6 +52,8 @@ RAISING = {
     "nn.functional.ctc_loss": _SIZE_FROM_DATA,
     "nn.functional.fractional_max_pool3d (dynamic)": _NO_SYMBOLIC_SIZES,
     "geqrf (dynamic)": _NO_SYMBOLIC_SIZES,
+    "nn.functional.hardshrink (dynamic)": _NO_SYMBOLIC_SIZES,
+    "nn.functional.softshrink (dynamic)": _NO_SYMBOLIC_SIZES,
     "histogramdd (dynamic)": _NO_SYMBOLIC_SIZES,
     "to_sparse": "sparse tensors are not compiled",
 }
