@@ -101,6 +101,7 @@ def modes() -> Any:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
+        torch.get_default_device() if torch._C._len_torch_function_stack() > 0 else None,
         torch.are_deterministic_algorithms_enabled(),
         *(
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

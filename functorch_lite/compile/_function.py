@@ -81,7 +81,7 @@ class CompiledLeaves:
 
     def call(self, leaves: list[Any], structure: Any, names: Callable[[], list[str]]) -> tuple[list[Any], Any]:
         """The leaves of the output and their structure, at the innermost level."""
-        if _is_traced(leaves):
+        if _is_traced():
             return self.function(leaves, structure)
         if _C.current_level() is not None:
             return _levels.call(self, leaves, structure, names)
@@ -99,14 +99,17 @@ class CompiledLeaves:
         except (TypeError, RuntimeError):  # no hash, or no sizes
             arguments.check(names())
             raise
-        for entry in entries:
-            if entry.is_valid(arguments.tensors):
-                return entry
+        entry = _valid(entries, arguments.tensors)
+        if entry is not None:
+            return entry
         global _compilations
         with _tracing:
-            _compilations += 1
-            entries.append(_Entry(self, arguments, structure, names(), shared))
-            return entries[-1]
+            entry = _valid(entries, arguments.tensors)  # of another thread
+            if entry is None:
+                _compilations += 1
+                entry = _Entry(self, arguments, structure, names(), shared)
+                entries.append(entry)
+            return entry
 
     def is_dynamic(self, i: int) -> bool:
         """Whether the sizes of tensor i may be symbols."""
@@ -197,11 +200,15 @@ class _Entry:
         return [tensors[x.number] if isinstance(x, _bases.Argument) else x for x in leaves]
 
 
+def _valid(entries: list[_Entry], tensors: list[Tensor]) -> _Entry | None:
+    return next((entry for entry in entries if entry.is_valid(tensors)), None)
+
+
 def _captured_key(tensor: Any) -> Any:
     return _arguments.layout_key(tensor), _arguments.static_shape_key(tensor)
 
 
-def _is_traced(leaves: Sequence[Any]) -> bool:
+def _is_traced() -> bool:
     """Whether somebody else traces this call: then the function becomes part of that graph."""
     level = _C.current_level()
     return _get_current_dispatch_mode() is not None or (level is not None and _levels.is_inlined(level))

@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import functools
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -33,16 +26,17 @@ from torch.fx.experimental.proxy_tensor import (
     py_sym_types,
     track_tensor_tree,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from functorch_lite import _C
 from functorch_lite._boundary import name_of_tensor
 from functorch_lite.compile import _checks, _nodes
-from functorch_lite.compile._annotations import LIBRARIES, Annotations, ModuleStack
+from functorch_lite.compile._annotations import Annotations, ModuleStack
 from functorch_lite.compile._arguments import identifier
 from functorch_lite.compile._effects import Constant, Output, SameAsInput, Value, View, ViewGraph, Write, view_graph
 from functorch_lite.compile._run import Input, Run, Source, TensorsFunction
 from functorch_lite.compile._subclasses import Packing, plain_tensors
+from functorch_lite.compile._untraceable import explained
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -56,6 +50,7 @@ class Trace:
     graph_module: fx.GraphModule
     function: TensorsFunction
     grad_mode: bool
+    #: See `Run`.
     copies: bool
     inputs: list[Input]
     fakes: list[Any]
@@ -70,6 +65,7 @@ class Trace:
     gradients: Packing
     outputs: list[Output]
     writes: list[Write]
+    #: The modules that the function has called.
     modules: ModuleStack
     shape_env: ShapeEnv
 
@@ -145,53 +141,9 @@ def _traced(
     with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, inputs, fake_mode, copies)
         plain = Packing(run.fakes).flatten(run.fakes)
-        with _explained():
+        with explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
     return run.finished(module)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Says what cannot be traced in the user's terms."""
-    try:
-        yield
-    except RuntimeError as error:
-        refuse = _reason_of(error)
-        if refuse is None:
-            raise
-        try:
-            refuse(_location(error))
-        except NotImplementedError as explained:
-            raise explained from error
-
-
-def _reason_of(error: RuntimeError) -> Callable[[str], NoReturn] | None:
-    if isinstance(error, GuardOnDataDependentSymNode):
-        return _checks.refuse_branch
-    if isinstance(error, _UNTRACEABLE):
-        return functools.partial(_checks.refuse_fake, reason=f"{error}.")
-    return next((refuse for text, refuse in _REASONS.items() if text in str(error)), None)
-
-
-_UNTRACEABLE = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-_REASONS: dict[str, Callable[[str], NoReturn]] = {
-    "Cannot access data pointer of Tensor": _checks.refuse_data,
-    "Cannot access storage of": _checks.refuse_data,
-    "called inside torch.vmap": _checks.refuse_backward,
-    "There was no fake impl registered": functools.partial(_checks.refuse_fake, reason="it has no fake form."),
-    "Attempted to resize a view tensor to a larger size": _checks.refuse_resize,
-}
-
-
-def _location(error: BaseException) -> str:
-    """The line of the user's code that raised."""
-    found = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(LIBRARIES)]
-    return f"at {found[-1].filename}:{found[-1].lineno}" if found else "in the function"
 
 
 class CapturedWrapperError(Exception):

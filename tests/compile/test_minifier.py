@@ -155,14 +155,14 @@ def test_values_that_are_too_many_go_into_a_file(save, capsys, tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        torch.rand(3, 2).t(),
+        (torch.arange(6.0) / 7).reshape(3, 2).t(),
         torch.tensor([[1.5, float("nan")], [float("inf"), 0.0]]),
         torch.tensor(3),
         torch.rand(2, 0),
-        torch.rand(2, dtype=torch.complex64),
+        torch.complex(torch.tensor([0.1, 0.2]), torch.tensor([1 / 3, 0.7])),
         torch.tensor([True, False]),
-        torch.rand(3, dtype=torch.bfloat16),
-        torch.rand(3, requires_grad=True),
+        torch.tensor([0.1, 0.2, 0.3], dtype=torch.bfloat16),
+        torch.tensor([0.1, 0.2, 1 / 3], requires_grad=True),
         torch.zeros(2),
         torch.ones(2, dtype=torch.int64),
         4,
