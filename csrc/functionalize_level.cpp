@@ -2,8 +2,8 @@
 #include "functionalize_level.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
-#include <ATen/ScalarOps.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
 #include <ATen/core/grad_mode.h>
@@ -255,8 +255,8 @@ bool overwrites(const c10::OperatorName& name) {
   return names.count(name.name) > 0;
 }
 
-// A Python number that became a tensor for an operator. Nobody writes it, and under fake tensors it is real, which makes
-// it no base for views.
+// A Python number that became a tensor for an operator. Nobody writes it, and under fake tensors it is real, which
+// makes it no base for views.
 bool is_number(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->is_wrapped_number() && as_wrapper(tensor) == nullptr;
 }

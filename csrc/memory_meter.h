@@ -1,9 +1,9 @@
 // Counts what PyTorch's allocators hand out to this thread, with kernels' own buffers.
 #pragma once
 
-#include <torch/csrc/profiler/orchestration/observer.h>
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
+#include <torch/csrc/profiler/orchestration/observer.h>
 
 #include <algorithm>
 #include <memory>

@@ -29,7 +29,8 @@ void new_empty_strided_rule(BatchCall& call) {
   auto options = x.options();
   if (!call.arg("dtype").isNone()) options = options.dtype(call.arg("dtype").toScalarType());
   if (!call.arg("device").isNone()) options = options.device(call.arg("device").toDevice());
-  const BatchLayout layout(call.batch_size(), call.arg("size").toSymIntVector(), call.arg("stride").toSymIntVector(), 0);
+  const BatchLayout layout(call.batch_size(), call.arg("size").toSymIntVector(), call.arg("stride").toSymIntVector(),
+                           0);
   call.set_results(x.new_empty_strided_symint(layout.sizes, layout.strides, options));
   call.finish();
 }
