@@ -87,6 +87,7 @@ class CompiledLeaves:
             return _levels.call(self, leaves, structure, names)
         arguments = Arguments(leaves)
         entry = self.find(arguments, structure, names)
+        entry.compile()
         return entry.run(arguments.tensors), entry.structure
 
     def find(self, arguments: Arguments, structure: Any, names: Callable[[], list[str]]) -> _Entry:
@@ -179,9 +180,19 @@ class _Entry:
             if member is tensor
         ]
         self.specialization = Specialization(trace, compiled.options)
-        # Compilers may have added some.
         self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
-        self._guards = trace.guards() if compiled.options.dynamic else None
+        self._is_compiled = False
+        self._guards = trace.guards() if self._dynamic else None
+
+    def compile(self) -> None:
+        """Have the graphs compiled, if they are not."""
+        if self._is_compiled:
+            return
+        with _tracing:
+            self.specialization.compile()
+        self._is_compiled = True
+        if self._dynamic:  # compilers may have added guards
+            self._guards = self.specialization.trace.guards()
 
     def is_valid(self, tensors: list[Tensor]) -> bool:
         """Whether the graph is right for these, of which the key is that of the entry."""

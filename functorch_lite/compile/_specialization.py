@@ -40,9 +40,8 @@ class GraphFunction:
     """A graph and what the compiler has made of it, which runs on plain tensors. Inside vmap, the graph is mapped."""
 
     def __init__(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options) -> None:
-        self._module, self._options = module, options
+        self._compiler, self._module, self._example_inputs, self._options = compiler, module, example_inputs, options
         self._inputs = module.graph.find_nodes(op="placeholder")
-        self._compiled = make_boxed_func(compiler(module, example_inputs))
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """The outputs of the graph, at a level that does not differentiate."""
@@ -50,6 +49,14 @@ class GraphFunction:
             with _Plainly():
                 return list(self._compiled(inputs))
         return self._leaves.call(inputs, None, lambda: [node.name for node in self._inputs])[0]
+
+    def compile(self) -> None:
+        """Have it compiled, if it is not."""
+        self._compiled  # noqa: B018
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[list[Any]], Any]:
+        return make_boxed_func(self._compiler(self._module, self._example_inputs))
 
     @functools.cached_property
     def _leaves(self) -> CompiledLeaves:
@@ -59,7 +66,7 @@ class GraphFunction:
 
 
 class Specialization:
-    """A trace whose graphs are compiled."""
+    """A trace, and the graphs that are made of it."""
 
     def __init__(self, trace: Trace, options: Options) -> None:
         self.trace, self.options = trace, options
@@ -69,10 +76,16 @@ class Specialization:
         )
         self._needed = self._inputs_of_gradients()
         if self.is_differentiated:
-            self._compile_both()
+            self._split()
         else:
-            self._compile_inference()
+            self._keep_forward()
         self.draws_random_numbers = any(_nodes.is_random(node) for node in trace.graph_module.graph.nodes)
+
+    def compile(self) -> None:
+        """Have the graphs compiled. Inside vmap other ones run."""
+        self._forward.compile()
+        if self.is_differentiated:
+            self._backward.compile()
 
     def _inputs_of_gradients(self) -> list[bool]:
         """Which inputs the gradients depend on."""
@@ -84,7 +97,7 @@ class Specialization:
         packing = self.trace.packed_inputs
         return [any(placeholders[k] in reached for k in packing.places(i)) for i in range(len(self.trace.inputs))]
 
-    def _compile_inference(self) -> None:
+    def _keep_forward(self) -> None:
         module = self.trace.graph_module
         output = module.graph.output_node()
         output.args = (self.trace.output_nodes()[: self.trace.packed_results.count],)
@@ -92,7 +105,7 @@ class Specialization:
         inputs = self.trace.packed_inputs.flatten(self.trace.fakes)
         self._forward = self._compiled(self.options.inference_compiler, module, inputs)
 
-    def _compile_both(self) -> None:
+    def _split(self) -> None:
         trace = self.trace
         inputs = trace.packed_inputs.flatten(trace.fakes)
         tangents = Packing(trace.tangents).flatten(trace.tangents)

@@ -178,7 +178,7 @@ class _CompiledModule(nn.Module):
     def prepare(self, args: tuple[Any, ...]) -> None:
         """Compile for certain arguments."""
         leaves, structure, names = self._call(args, {})
-        self._compiled.find(_arguments.Arguments(leaves), structure, names)
+        self._compiled.find(_arguments.Arguments(leaves), structure, names).compile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measuring import peak_bytes
 from benchmarks.memory import WORKLOADS, jacobians, plain_gradient
-from functorch_lite import grad, value_and_grad, vjp, vmap
+from functorch_lite import _C, grad, jacrev, value_and_grad, vjp, vmap
 from functorch_lite._remat import remat
 
 SIZE = 10_000
@@ -111,3 +111,20 @@ def test_weights_are_not_copied_by_a_checkpoint():
     params = {name: p.detach() for name, p in layer.named_parameters()}
     loss = lambda params: in_a_checkpoint(lambda x: torch.func.functional_call(layer, params, x), x).sum()
     assert peak_bytes(lambda: grad(loss)(params)) < 1.5 * params["weight"].nbytes
+
+
+def test_peaks_are_measured_with_autograd_functions():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    x = torch.randn(3)
+    assert torch.equal(jacrev(Double.apply, chunk_size="auto")(x), 2 * torch.eye(3))
+    with _C.MemoryMeter(x.device) as meter:
+        Double.apply(x.requires_grad_())
+    assert meter.peak >= 12
