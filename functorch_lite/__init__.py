@@ -1,5 +1,7 @@
 """Composable function transforms for PyTorch."""
 
+import importlib
+
 from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
@@ -50,8 +52,11 @@ _install.connect()
 
 
 def __getattr__(name: str) -> object:
-    if name == "make_fx":  # imports a tenth of torch: only when asked for
+    # These two import a tenth of torch: only when asked for.
+    if name == "make_fx":
         from torch.fx.experimental.proxy_tensor import make_fx
 
         return make_fx
+    if name == "compile":
+        return importlib.import_module("functorch_lite.compile")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
