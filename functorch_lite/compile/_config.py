@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from functorch_lite.compile import _partition_checks
+from functorch_lite.compile import _checks
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
             >>> config.memory_budget
             1.0
         """
-        _partition_checks.check_settings(changes, [field.name for field in fields(self)])
+        _checks.check_settings(changes, [field.name for field in fields(self)])
         before = {name: getattr(self, name) for name in changes}
         vars(self).update(changes)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from functorch_lite.compile import _nodes, _partition_checks
+from functorch_lite.compile import _checks, _nodes
 
 Modules = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -30,12 +30,12 @@ class Joint:
         """Read a graph, and check that it fits what is said about it."""
         primals, tangents = joint_inputs
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        _partition_checks.check_placeholders(len(placeholders), len(primals) + len(tangents))
+        _checks.check_placeholders(len(placeholders), len(primals) + len(tangents))
         returned = _nodes.returned(module.graph)
-        _partition_checks.check_num_fwd_outputs(num_fwd_outputs, len(returned))
+        _checks.check_num_fwd_outputs(num_fwd_outputs, len(returned))
         for node in module.graph.nodes:
             if node.op == "call_function" and node.users and "val" not in node.meta:
-                _partition_checks.refuse_missing_value(node)
+                _checks.refuse_missing_value(node)
         outputs, gradients = returned[:num_fwd_outputs], returned[num_fwd_outputs:]
         ordered = [node for node in module.graph.nodes if _nodes.is_ordered(node)]
         return cls(
@@ -91,7 +91,7 @@ class Joint:
                 tensors[node] = None
             elif node in bases and node.op != "get_attr":
                 if not _nodes.is_tensor(node):
-                    _partition_checks.refuse_unsavable(node)
+                    _checks.refuse_unsavable(node)
                 tensors[node] = None
             else:
                 inputs = [node for node in node.all_input_nodes if node not in seen]
@@ -130,7 +130,7 @@ def _forward_nodes(graph: fx.Graph, tangents: Sequence[fx.Node], outputs: Sequen
     needed = _ancestors(outputs)
     for node in outputs:
         if node in dependent:
-            _partition_checks.refuse_dependent_output(node)
+            _checks.refuse_dependent_output(node)
     return {node for node in graph.nodes if node.op != "output" and (node in needed or node not in backward)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from functorch_lite.compile import _partition_checks, _rematerialization
+from functorch_lite.compile import _checks, _rematerialization
 from functorch_lite.compile._config import config
 from functorch_lite.compile._joint import Joint, Modules
 
@@ -127,6 +127,6 @@ def min_cut_rematerialization_partition(
         1976, for the minimum cut. H. Everett, *Generalized Lagrange Multiplier Method*, 1963, for the budget.
     """
     budget = config.memory_budget if memory_budget is None else memory_budget
-    _partition_checks.check_memory_budget(budget)
+    _checks.check_memory_budget(budget)
     joint = Joint.read(joint_module, joint_inputs, num_fwd_outputs)
     return joint.split(_rematerialization.saved_within(budget, joint, recomputable_ops))

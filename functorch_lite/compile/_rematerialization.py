@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from functorch_lite.compile import _costs, _nodes, _partition_checks
+from functorch_lite.compile import _checks, _costs, _nodes
 from functorch_lite.compile._config import config
 from functorch_lite.compile._joint import Joint
 from functorch_lite.compile._minimum_cut import INFINITE, Network
@@ -71,7 +71,7 @@ class _Rematerialization:
         self._recomputable_ops = recomputable_ops
         if recomputable_ops is not None:
             ordered = [node for node in joint.module.graph.nodes if _nodes.is_ordered(node)]
-            _partition_checks.check_recomputable(n.target for n in ordered if _costs.is_among(n, recomputable_ops))
+            _checks.check_recomputable(n.target for n in ordered if _costs.is_among(n, recomputable_ops))
         self._written = _nodes.written_bases(joint.module.graph)
         self._read = [node for node in joint.read_by_backward() if self._is_unknown(node)]
         self._place = {node: place for place, node in enumerate(joint.module.graph.nodes)}
@@ -122,7 +122,7 @@ class _Rematerialization:
             network.edge(after[node], network.SINK, INFINITE)
         side = network.minimum_cut()
         if side is None:
-            _partition_checks.refuse_unsavable(next(filter(self._is_stuck, self._fixed)))
+            _checks.refuse_unsavable(next(filter(self._is_stuck, self._fixed)))
         saved = [node for node in self._inputs if after[node] in side and before[node] not in side]
         again = [node for node in self._inputs if before[node] in side]
         return _Cut(saved, again, sum(map(self._nbytes.__getitem__, saved)), sum(map(self._work.__getitem__, again)))
