@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import linecache
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def code_cells(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def run_cell(source: str, name: str, namespace: dict[str, Any]) -> None:
     """Execute a cell and print the value of its last line, as a notebook does; a semicolon at its end prevents it."""
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # as Jupyter does
     statements = ast.parse(source, name).body
     last = statements.pop() if statements and isinstance(statements[-1], ast.Expr) else None
     exec(compile(ast.Module(statements, []), name, "exec"), namespace)

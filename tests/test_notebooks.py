@@ -28,7 +28,8 @@ def test_tour_shows_what_it_promises(tmp_path, capsys):
     path = next(path for path in NOTEBOOKS if path.stem == "whirlwind_tour")
     runpy.run_path(str(path.parent / "run.py"))["run"](path, tmp_path)
     printed = capsys.readouterr().out
-    for part in ("BatchedTensor(level=1", "cannot run on batched values", "torch.ops.aten.cos", "[figure: "):
+    parts = ("BatchedTensor(level=1", "cannot run on batched values", "torch.ops.aten.cos", "[figure: ")
+    for part in (*parts, "code: return (x @ weights).tanh().square().sum()"):
         assert part in printed
     assert [picture.suffix for picture in tmp_path.iterdir()] == [".png"]
 

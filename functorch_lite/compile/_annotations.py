@@ -6,6 +6,7 @@ import bisect
 import linecache
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -65,6 +66,8 @@ class Annotations(TorchDispatchMode):
         self._seen = len(self._graph.nodes)
 
     def _meta(self) -> dict[str, Any]:
+        if source := getattr(_running, "source", None):
+            return dict(source)
         meta: dict[str, Any] = {}
         if trace := _user_stack():
             meta["stack_trace"] = trace
@@ -117,8 +120,23 @@ def _begins_run(frame: FrameType) -> bool:
 
 def _line(frame: FrameType) -> str:
     name = frame.f_code.co_filename
-    code = linecache.getline(name, frame.f_lineno).strip()
+    code = linecache.getline(name, frame.f_lineno).strip() or "(the source is not known)"
     return f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'
+
+
+_running = threading.local()
+
+
+class SourceKeeper(fx.Interpreter):
+    """Runs a graph, so that the nodes of another graph that is traced meanwhile have the sources of its nodes."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        _running.source = {key: n.meta[key] for key in ("stack_trace", "nn_module_stack") if key in n.meta}
+        try:
+            return super().run_node(n)
+        finally:
+            _running.source = None
 
 
 class ModuleStack:

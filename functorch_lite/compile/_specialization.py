@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
+from functorch_lite.compile._annotations import SourceKeeper
 from functorch_lite.compile._backends import make_boxed_func
 from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
 from functorch_lite.compile._subclasses import Packing, is_subclass, plain_tensors
@@ -62,7 +63,8 @@ class GraphFunction:
     def _leaves(self) -> CompiledLeaves:
         from functorch_lite.compile._function import CompiledLeaves
 
-        return CompiledLeaves(lambda leaves, _: (list(self._module(*leaves)), None), self._options)
+        graph = SourceKeeper(self._module)
+        return CompiledLeaves(lambda leaves, _: (list(graph.run(*leaves)), None), self._options)
 
 
 class Specialization:
