@@ -397,5 +397,6 @@ def draw_joint_graph(
         True
     """
     num_primals = len(joint_inputs[0])
-    num_fwd_outputs = len(graph.graph.output_node().args[0]) - num_primals  # type: ignore[arg-type]
+    outputs = graph.graph.output_node().args[0]
+    num_fwd_outputs = (len(outputs) if isinstance(outputs, (tuple, list)) else 1) - num_primals
     return _draw(graph, file_name, "joint graph", dot_graph_shape, False, False, num_primals, num_fwd_outputs)
