@@ -71,8 +71,10 @@ def eliminate_no_ops(graph: fx.Graph) -> fx.Graph:
     """Without the nodes whose result is their argument, in all that can be seen of a tensor."""
     replacements = _Replacements(graph)
     for node in graph.nodes:
-        if _is_identity(node):
+        if _is_copy(node):
             replacements.replace(node, node.args[0])
+        elif (same := _viewed_twice(node)) is not None:
+            replacements.replace(node, same)
     return _copy(graph, replacements.of)
 
 
@@ -144,16 +146,26 @@ def _structure(argument: Any, of: Callable[[fx.Node], fx.Node]) -> Hashable:
     return type(argument), repr(argument)
 
 
-def _is_identity(node: fx.Node) -> bool:
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+def _viewed_twice(node: fx.Node) -> fx.Node | None:
+    """The tensor that a view shows as it is, itself perhaps a view further up, as the second ``t`` of ``t(t(x))``."""
+    layout = _nodes.layout(_nodes.value_of(node))
+    source = node
+    while layout is not None and _nodes.is_view(source):
+        source = source.all_input_nodes[0]
+        if _nodes.layout(_nodes.value_of(source)) == layout:
+            return source
+    return None
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether the node is its argument, in another memory."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node) or _nodes.is_view(node):
         return False
     value, source = _nodes.value_of(node), _nodes.value_of(node.args[0])
     layout = _nodes.layout(value)
     if layout is None or layout != _nodes.layout(source):
         return False
-    if _nodes.is_view(node) and not _nodes.is_getitem(node):
-        return True
-    # The memory is another: where it is larger, somebody could see the rest of it, and it would live longer.
+    # Where the memory is larger, somebody could see the rest of it, and it would live longer.
     if _nodes.symbol(value.untyped_storage().nbytes()) != _nodes.symbol(source.untyped_storage().nbytes()):
         return False
     return node.target in _COPIES or _is_neutral(node, value.dtype)

@@ -298,23 +298,17 @@ def graph(first_weight, first_bias, second_weight, second_bias, x):
     addmm_1 = aten.addmm.default(second_bias, relu, t_1)
     return [addmm_1, second_weight, x, relu]
 def graph(second_weight, x, relu, tangent):
-    t_1 = aten.t.default(second_weight)
-    t_2 = aten.t.default(t_1)
-    mm = aten.mm.default(tangent, t_2)
+    mm = aten.mm.default(tangent, second_weight)
     t_3 = aten.t.default(tangent)
     mm_1 = aten.mm.default(t_3, relu)
-    t_4 = aten.t.default(mm_1)
     sum_1 = aten.sum.dim_IntList(tangent, [0], True)
     view = aten.view.default(sum_1, [1])
-    t_5 = aten.t.default(t_4)
     threshold_backward = aten.threshold_backward.default(mm, relu, 0)
     t_6 = aten.t.default(threshold_backward)
     mm_2 = aten.mm.default(t_6, x)
-    t_7 = aten.t.default(mm_2)
     sum_2 = aten.sum.dim_IntList(threshold_backward, [0], True)
     view_1 = aten.view.default(sum_2, [3])
-    t_8 = aten.t.default(t_7)
-    return [t_8, view_1, t_5, view, None]""",
+    return [mm_2, view_1, mm_1, view, None]""",
     )
 
 
