@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ class Arguments:
             static if place is None else tensors[place] for place, static in zip(self.places, self.statics, strict=True)
         ]
 
+    @functools.cached_property
     def shared(self) -> list[list[int]]:
         """Groups of tensors that lie in one memory."""
         if len(self.tensors) < 2:
@@ -77,6 +79,11 @@ class Arguments:
                 groups.setdefault(tensor.untyped_storage()._cdata, []).append(i)
         return [group for group in groups.values() if len(group) > 1]
 
+    @functools.cached_property
+    def sharing(self) -> set[int]:
+        """The tensors that share memory with others."""
+        return {i for group in self.shared for i in group}
+
     def _sharing_key(self, group: list[int]) -> Any:
         members = [self.tensors[i] for i in group]
         numbers: dict[int, int] = {}
@@ -84,13 +91,13 @@ class Arguments:
         shapes = [(x.storage_offset(), static_shape_key(_base_of(x))) for x in members]
         return tuple(group), tuple(bases), tuple(shapes), members[0].untyped_storage().nbytes()
 
-    def key(self, describe: Callable[[int, Tensor], Any], shared: list[list[int]]) -> Any:
+    def key(self, describe: Callable[[int, Tensor], Any]) -> Any:
         """What a graph for these arguments depends on, beside the structure."""
         return (
             tuple(self.places),
             tuple(_static_key(static) for static in self.statics),
             tuple(describe(i, tensor) for i, tensor in enumerate(self.tensors)),
-            tuple(self._sharing_key(group) for group in shared),
+            tuple(self._sharing_key(group) for group in self.shared),
             modes(),
         )
 

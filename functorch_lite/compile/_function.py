@@ -92,10 +92,8 @@ class CompiledLeaves:
 
     def find(self, arguments: Arguments, structure: Any, names: Callable[[], list[str]]) -> _Entry:
         """The graph for certain arguments, which is made if there is none."""
-        shared = arguments.shared()
-        sharing = {i for group in shared for i in group}
         try:
-            key = (structure, arguments.key(lambda i, tensor: self._describe(i, tensor, i in sharing), shared))
+            key = (structure, arguments.key(lambda i, tensor: self._describe(arguments, i, tensor)))
             entries = self._entries.setdefault(key, [])
         except (TypeError, RuntimeError):  # no hash, or no sizes
             arguments.check(names())
@@ -108,16 +106,17 @@ class CompiledLeaves:
             entry = _valid(entries, arguments.tensors)  # of another thread
             if entry is None:
                 _compilations += 1
-                entry = _Entry(self, arguments, structure, names(), shared)
+                entry = _Entry(self, arguments, structure, names())
                 entries.append(entry)
             return entry
 
-    def is_dynamic(self, i: int) -> bool:
+    def is_dynamic(self, arguments: Arguments, i: int, tensor: Tensor) -> bool:
         """Whether the sizes of tensor i may be symbols."""
-        return self.options.dynamic and i >= self._static_inputs
+        may_be = self.options.dynamic and i >= self._static_inputs
+        return may_be and i not in arguments.sharing and not is_subclass(tensor)
 
-    def _describe(self, i: int, tensor: Tensor, is_sharing: bool) -> Any:
-        is_dynamic = self.is_dynamic(i) and not is_sharing and not is_subclass(tensor)
+    def _describe(self, arguments: Arguments, i: int, tensor: Tensor) -> Any:
+        is_dynamic = self.is_dynamic(arguments, i, tensor)
         shape_key = _arguments.dynamic_shape_key if is_dynamic else _arguments.static_shape_key
         return _arguments.layout_key(tensor), shape_key(tensor)
 
@@ -125,14 +124,7 @@ class CompiledLeaves:
 class _Entry:
     """One graph, for certain arguments, and what it depends on beside their key."""
 
-    def __init__(
-        self,
-        compiled: CompiledLeaves,
-        arguments: Arguments,
-        structure: Any,
-        names: Sequence[str],
-        shared: list[list[int]],
-    ) -> None:
+    def __init__(self, compiled: CompiledLeaves, arguments: Arguments, structure: Any, names: Sequence[str]) -> None:
         self.structure: Any = None
         template = arguments.template()
 
@@ -140,7 +132,6 @@ class _Entry:
             leaves, self.structure = compiled.function(template.filled(tensors), structure)
             return leaves
 
-        sharing = {i for group in shared for i in group}
         arguments.check(names)
         by_tensor = dict(zip(arguments.places, names, strict=True))
         inputs = [
@@ -149,8 +140,8 @@ class _Entry:
                 tensor,
                 tensor.requires_grad,
                 tensor.is_leaf,
-                compiled.is_dynamic(i) and i not in sharing and not is_subclass(tensor),
-                i in sharing,
+                compiled.is_dynamic(arguments, i, tensor),
+                i in arguments.sharing,
             )
             for i, tensor in enumerate(arguments.tensors)
         ]
@@ -158,18 +149,17 @@ class _Entry:
         def traced(bases: _bases.Bases | None) -> _trace.Trace:
             of_bases = function if bases is None else bases.function(function)
             taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
-            self._count = len(taken)
             options = compiled.options
             return _trace.trace(of_bases, taken, options.decompositions, options.dynamic)
 
         self._bases = _bases.of_views(arguments.tensors)
         trace = traced(self._bases)
-        of_written = _bases.of_written(trace.writes, shared, arguments.tensors) if shared else None
+        of_written = _bases.of_written(trace.writes, arguments.shared, arguments.tensors)
         if of_written is not None:
             self._bases = of_written
             trace = traced(self._bases)
         arguments.check_generators(trace.generators())
-        self._captured = [(one.tensor, _captured_key(one.tensor)) for one in trace.inputs[self._count :]]
+        self._captured = [(tensor, _captured_key(tensor)) for tensor in trace.captured]
         self._training = [(module, module.training) for module in trace.modules.seen]
         self._owners = [
             (members, name, tensor)

@@ -143,7 +143,7 @@ def _recorded(
     if which and not _units.is_differentiated_below(leaves):
         arguments = Arguments(leaves)
         entry = compiled.find(arguments, structure, names)
-        if not _units.is_differentiated_below(entry.specialization.captured):
+        if not _units.is_differentiated_below(entry.specialization.trace.captured):
             return entry.run(arguments.tensors, level), entry.structure
     values = _below(leaves, level.value_of)
     generators = _random.states(values)

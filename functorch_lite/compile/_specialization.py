@@ -14,15 +14,13 @@ from torch.autograd import Function
 from functorch_lite import _C, _units
 from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._annotations import SourceKeeper
-from functorch_lite.compile._backends import make_boxed_func
+from functorch_lite.compile._backends import Compiler, make_boxed_func
 from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
 from functorch_lite.compile._subclasses import Packing, is_subclass, plain_tensors
-from functorch_lite.compile._trace import Trace
+from functorch_lite.compile._trace import Decompositions, Trace
 
 if TYPE_CHECKING:
     from functorch_lite.compile._function import CompiledLeaves
-
-Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Options:
     backward_compiler: Compiler
     inference_compiler: Compiler
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
-    decompositions: Mapping[Any, Callable[..., Any]]
+    decompositions: Decompositions
     dynamic: bool
 
 
@@ -43,21 +41,21 @@ class GraphFunction:
     def __init__(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any], options: Options) -> None:
         self._compiler, self._module, self._example_inputs, self._options = compiler, module, example_inputs, options
         self._inputs = module.graph.find_nodes(op="placeholder")
+        self._compiled: Callable[[list[Any]], Any] | None = None
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """The outputs of the graph, at a level that does not differentiate."""
         if _C.current_level() is None:
+            compiled = self.compile()
             with _Plainly():
-                return list(self._compiled(inputs))
+                return list(compiled(inputs))
         return self._leaves.call(inputs, None, lambda: [node.name for node in self._inputs])[0]
 
-    def compile(self) -> None:
-        """Have it compiled, if it is not."""
-        self._compiled  # noqa: B018
-
-    @functools.cached_property
-    def _compiled(self) -> Callable[[list[Any]], Any]:
-        return make_boxed_func(self._compiler(self._module, self._example_inputs))
+    def compile(self) -> Callable[[list[Any]], Any]:
+        """What the compiler has made of it, which is asked once."""
+        if self._compiled is None:
+            self._compiled = make_boxed_func(self._compiler(self._module, self._example_inputs))
+        return self._compiled
 
     @functools.cached_property
     def _leaves(self) -> CompiledLeaves:
@@ -105,7 +103,8 @@ class Specialization:
         output.args = (self.trace.output_nodes()[: self.trace.packed_results.count],)
         module.graph = _passes.eliminate_dead_code(module.graph)
         inputs = self.trace.packed_inputs.flatten(self.trace.fakes)
-        self._forward = self._compiled(self.options.inference_compiler, module, inputs)
+        self._saved_tensors = 0
+        self._forward = GraphFunction(self.options.inference_compiler, module, inputs, self.options)
 
     def _split(self) -> None:
         trace = self.trace
@@ -116,9 +115,9 @@ class Specialization:
         self._keep_from_writes(forward)
         saved = [_nodes.value_of(node) for node in _nodes.returned(forward.graph)[count:]]
         self._saved_tensors = sum(isinstance(value, Tensor) for value in saved)
-        self._forward = self._compiled(self.options.forward_compiler, forward, inputs)
+        self._forward = GraphFunction(self.options.forward_compiler, forward, inputs, self.options)
         inputs = [_nodes.value_of(node) for node in backward.graph.find_nodes(op="placeholder")]
-        self._backward = self._compiled(self.options.backward_compiler, backward, inputs)
+        self._backward = GraphFunction(self.options.backward_compiler, backward, inputs, self.options)
 
     def _keep_from_writes(self, forward: fx.GraphModule) -> None:
         """Save copies of inputs that will be written once the forward pass is over."""
@@ -141,25 +140,17 @@ class Specialization:
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
-        inputs = [*tensors, *self.captured]
+        inputs = [*tensors, *self.trace.captured]
         if self.is_differentiated:
             with torch.enable_grad():  # the function may have enabled it itself
                 results = _units.plain_apply(_Node, self, level, *inputs)
         else:
-            results = self._infer(level, inputs)
-        shapes = {
-            write.input: (x.shape, x.stride(), x.storage_offset())
-            for write in self.trace.writes
-            if write.shape is not None and (x := inputs[write.input]) is not None
-        }
+            results, _, _ = self.forward(level, inputs)
+        reshaped = [write.input for write in self.trace.writes if write.shape is not None]
+        shapes = {i: (inputs[i].shape, inputs[i].stride(), inputs[i].storage_offset()) for i in reshaped}
         for write in self.trace.writes:
             write.apply(inputs[write.input], results)
         return [self._output(output, inputs, results, shapes) for output in self.trace.outputs]
-
-    @property
-    def captured(self) -> list[Tensor]:
-        """The inputs that are no arguments."""
-        return [one.tensor for one in self.trace.inputs if one.tensor is not None]
 
     def _output(
         self, output: Any, inputs: list[Any], results: Sequence[Any], shapes: Mapping[int, tuple[Any, ...]]
@@ -178,23 +169,20 @@ class Specialization:
                 base = base.as_strided(*shapes[output.base])
         return output.views(base, results, output.differentiated)
 
-    def forward(self, inputs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Forward results, and saved tensors and integers."""
-        values = self._forward(self.trace.packed_inputs.flatten(inputs))
+    def forward(self, level: _C.AutodiffLevel | None, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Forward results as constants of the level, and saved tensors and integers, one level down."""
         packing = self.trace.packed_results
-        tensors = packing.count + self._saved_tensors
-        return packing.unflatten(values[: packing.count]), values[packing.count : tensors], values[tensors:]
-
-    def _infer(self, level: _C.AutodiffLevel | None, inputs: list[Any]) -> list[Any]:
-        """Forward results without derivatives, at a level or outside of all."""
-        packing = self.trace.packed_inputs
         if level is None:
-            results = self._forward(packing.flatten(inputs))
-            return [_own(result) for result in self.trace.packed_results.unflatten(results)]
-        values = [level.value_of(x) for x in inputs]
-        with _C.Below():
-            results = self._forward(packing.flatten(values))
-        return [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
+            values = self._forward(self.trace.packed_inputs.flatten(inputs))
+        else:
+            below = [level.value_of(x) for x in inputs]
+            with _C.Below():
+                values = self._forward(self.trace.packed_inputs.flatten(below))
+        results = packing.unflatten(values[: packing.count])
+        if level is not None:
+            results = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
+        tensors = packing.count + self._saved_tensors
+        return [_own(result) for result in results], values[packing.count : tensors], values[tensors:]
 
     def backward(self, saved: list[Tensor], integers: Sequence[Any], tangents: Sequence[Tensor]) -> list[Any]:
         """The gradients of all inputs. Lets go of ``saved``."""
@@ -202,9 +190,6 @@ class Specialization:
         inputs = [*integers, *saved, *(part for tangent in tangents for part in plain_tensors(tangent))]
         saved.clear()
         return self.trace.gradients.unflatten(self._backward(inputs))
-
-    def _compiled(self, compiler: Compiler, module: fx.GraphModule, example_inputs: list[Any]) -> GraphFunction:
-        return GraphFunction(compiler, module, example_inputs, self.options)
 
     def kept(self, inputs: Sequence[Any]) -> list[Tensor | None]:
         """What to save of the inputs for second derivatives: None where these do not depend on an input."""
@@ -251,16 +236,9 @@ class _Node(Function):
     @staticmethod
     def forward(ctx: Any, specialization: Specialization, level: _C.AutodiffLevel | None, *inputs: Any) -> Any:
         """The forward results."""
-        ctx.specialization, ctx.level = specialization, level
+        ctx.specialization = specialization
         ctx.generators = _random.states(inputs) if specialization.draws_random_numbers else None
-        if level is None:
-            results, saved, ctx.integers = specialization.forward(list(inputs))
-        else:
-            values = [level.value_of(x) for x in inputs]
-            with _C.Below():
-                results, saved, ctx.integers = specialization.forward(values)
-            results = [level.lift_constant(x) if isinstance(x, Tensor) else x for x in results]
-        results = [_own(result) for result in results]
+        results, saved, ctx.integers = specialization.forward(level, inputs)
         ctx.hidden = _hidden(saved, (*inputs, *results)) if level is None else {}
         seen = [x for i, x in enumerate(saved) if i not in ctx.hidden]
         ctx.seen_count = len(seen)

@@ -79,6 +79,11 @@ class Trace:
         """The forward results as outputs."""
         return Packing(self.results)
 
+    @functools.cached_property
+    def captured(self) -> list[Tensor]:
+        """The inputs that are no arguments."""
+        return [one.tensor for one in self.inputs if one.tensor is not None]
+
     def output_nodes(self) -> list[fx.Node | None]:
         """What the graph returns."""
         return _nodes.returned(self.graph_module.graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch.utils import _pytree as pytree
 from functorch_lite import _checks
 from functorch_lite._modules import functional_call
 from functorch_lite.compile import _arguments
+from functorch_lite.compile._backends import Compiler
 from functorch_lite.compile._function import CompiledLeaves
 from functorch_lite.compile._partition import default_partition
-from functorch_lite.compile._specialization import Compiler, Options
+from functorch_lite.compile._specialization import Options
+from functorch_lite.compile._trace import Decompositions
 
 Partition = Callable[..., Any]
-Decompositions = Mapping[Any, Callable[..., Any]]
 
 
 def aot_function(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +13,22 @@ from typing import Any
 from torch.testing._internal.opinfo.core import OpInfo
 
 from tests.support import ops
+
+
+def print_sums(reports: Sequence[Any], columns: Sequence[str], forms: Iterable[str]) -> list[str]:
+    """A row for each form and side, and for all forms, of the ``numbers()`` of tallies. Returns the sides."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(columns))
+    for report in reports:
+        for form, sides in report.tallies.items():
+            for side, tally in sides.items():
+                for key in (form, "all"):
+                    sums[key, side] = [a + b for a, b in zip(sums[key, side], tally.numbers(), strict=True)]
+    print(f"{'form':<20}{'':<18}" + "".join(f"{column:>10}" for column in columns))
+    for form in [*forms, "all"]:
+        for (key, side), numbers in sums.items():
+            if key == form:
+                print(f"{form:<20}{side:<18}" + "".join(f"{number:>10}" for number in numbers))
+    return list(dict.fromkeys(side for _, side in sums))
 
 
 def run(
@@ -31,7 +48,7 @@ def run(
     description = "Print what happened to the operators whose names contain one of the parts."
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--peer", action="store_true", help="also run torch.func")
+    parser.add_argument("--peer", action="store_true", help="also run PyTorch's own")
     parser.add_argument("--full", action="store_true", help="all there is: every sample, dtype and place of the batch")
     for extent_field in fields(ops.Extent):
         parser.add_argument(f"--{extent_field.name}", type=int, help="at most so many; see --full for all")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -276,16 +275,7 @@ def _print_report(report: Report) -> None:
 
 
 def _print_table(reports: Sequence[Report]) -> None:
-    columns = ("cases", "pass", "wrong", "refused", "crashed")
-    print(f"{'form':<18}{'side':<18}" + "".join(f"{column:>10}" for column in columns))
-    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(columns))
-    for report in reports:
-        for form, sides in report.tallies.items():
-            for side, tally in sides.items():
-                for key in (form, "all"):
-                    sums[key, side] = [a + b for a, b in zip(sums[key, side], tally.numbers(), strict=True)]
-    for (form, side), numbers in sorted(sums.items(), key=lambda item: item[0][0] == "all"):
-        print(f"{form:<18}{side:<18}" + "".join(f"{number:>10}" for number in numbers))
+    command_line.print_sums(reports, ("cases", "pass", "wrong", "refused", "crashed"), FORMS)
     behind = [f"{report.name}: {text}" for report in reports for text in report.behind]
     print(f"passes of the peer that are none of ours: {len(behind)}")
     for text in behind[:20]:

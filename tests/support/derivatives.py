@@ -272,6 +272,10 @@ class Tally:
     #: At a kink or a jump: finite differences of two steps are different numbers.
     unjudged: int = 0
 
+    def numbers(self) -> tuple[int, ...]:
+        """How many there are of each."""
+        return self.cases, self.passes, len(self.wrong), len(self.refused), self.unjudged
+
 
 def _is_close(value: float, expected: float, size: float, tolerance: float) -> bool:
     if math.isnan(expected):
@@ -443,19 +447,7 @@ def _print_report(report: Report) -> None:
 
 
 def _print_table(reports: Sequence[Report]) -> None:
-    print(f"{'form':<20}{'side':<16}" + "".join(f"{x:>10}" for x in ("cases", "pass", "wrong", "refused", "unjudged")))
-    sums: dict[tuple[str, str], list[int]] = {}
-    for report in reports:
-        for form, sides in report.tallies.items():
-            for side, t in sides.items():
-                for key in ((form, side), ("all", side)):
-                    row = sums.setdefault(key, [0] * 5)
-                    numbers = (t.cases, t.passes, len(t.wrong), len(t.refused), t.unjudged)
-                    sums[key] = [a + b for a, b in zip(row, numbers, strict=True)]
-    for form in [*FORMS, "all"]:
-        for (key, side), numbers in sums.items():
-            if key == form:
-                print(f"{form:<20}{side:<16}" + "".join(f"{number:>10}" for number in numbers))
+    command_line.print_sums(reports, ("cases", "pass", "wrong", "refused", "unjudged"), FORMS)
     behind = [f"{report.name}: {text}" for report in reports for text in report.behind]
     print(f"passes of torch.func that are none of ours: {len(behind)}")
 

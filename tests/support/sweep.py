@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,17 +251,10 @@ def _behind(ours: Outcome, theirs: Outcome) -> str:
 
 
 def _print_table(reports: Sequence[Report]) -> None:
-    columns = ["cases", "passes", "looped", "wrong", "refusals", "crashes"]
-    print(f"\n{'form':<18}{'':<16}" + "".join(f"{column:>10}" for column in columns))
-    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(columns))
-    for report in reports:
-        for form, sides in report.tallies.items():
-            for side, tally in sides.items():
-                for key in (form, "all"):
-                    sums[key, side] = [a + b for a, b in zip(sums[key, side], tally.numbers(), strict=True)]
-    for (form, side), numbers in sorted(sums.items(), key=lambda item: item[0][0] == "all"):
-        print(f"{form:<18}{side:<16}" + "".join(f"{number:>10}" for number in numbers))
-    for side in sorted({side for _, side in sums}, key=lambda side: side != OURS.name):
+    print()
+    columns = ("cases", "passes", "looped", "wrong", "refusals", "crashes")
+    sides = command_line.print_sums(reports, columns, forms.FORMS)
+    for side in sorted(sides, key=lambda side: side != OURS.name):
         loops = {x.split(", ", 1)[1] for report in reports for x in report.all("loops", side)}
         print(f"{side} runs once for each example: {', '.join(sorted(loops)) or 'nothing'}")
 
