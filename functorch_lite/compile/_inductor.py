@@ -13,13 +13,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from functorch_lite.compile import _checks
+from functorch_lite.compile import _checks, _nodes
 
 _twins = torch.library.Library("functorch_lite_random", "DEF")
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _twin(operator: OpOverload) -> OpOverload:
@@ -42,13 +38,13 @@ class _Lowering(fx.Interpreter):
     """
 
     def run_node(self, n: fx.Node) -> Any:
-        if _is_random(n) and n.target.namespace == "aten" and not n.target._schema.is_mutable:  # type: ignore[union-attr]
+        if _nodes.is_random(n) and n.target.namespace == "aten" and not n.target._schema.is_mutable:  # type: ignore[union-attr]
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return _twin(n.target)(*args, **kwargs)  # type: ignore[arg-type]
         return super().run_node(n)
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        unused = [self.env[node] for node in self.module.graph.nodes if _is_random(node) and not node.users]  # type: ignore[union-attr]
+        unused = [self.env[node] for node in self.module.graph.nodes if _nodes.is_random(node) and not node.users]  # type: ignore[union-attr]
         return [*args[0], *(leaf for leaf in pytree.tree_leaves(unused) if isinstance(leaf, torch.Tensor))]
 
 
