@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from functorch_lite._functionalize import functionalize
 from functorch_lite.compile import _checks, _nodes
 
 _twins = torch.library.Library("functorch_lite_random", "DEF")
@@ -111,7 +112,9 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
     mode, inputs = _fake_inputs(gm, example_inputs)
     with config.patch(fallback_random=True), torch.no_grad():
         with mode, mock.patch.object(mode, "allow_non_fake_inputs", True):
-            lowered = make_fx(_Lowering(gm).run, decomposition_table=select_decomp_table())(*inputs)
+            # Inductor has few kernels that write in place, and calls PyTorch's for the others.
+            functional = functionalize(_Lowering(gm).run)
+            lowered = make_fx(functional, decomposition_table=select_decomp_table())(*inputs)
         _check_cpp_compiler(lowered)
         # What is saved for the backward pass is read with the strides of the graph, too.
         lowered.graph.output_node().meta["user_visible_output_idxs"] = list(range(num_outputs))
