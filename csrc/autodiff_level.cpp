@@ -194,6 +194,7 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
 }
 
 at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
+  has_variables_ = true;
   auto result = wrap(value, *this);
   result.unsafeGetTensorImpl()->set_requires_grad(true);
   return result;
@@ -211,6 +212,7 @@ at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
 }  // namespace
 
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
+  has_variables_ = true;
   auto result = wrap(primal, *this);
   auto direction = tangent;
   {

@@ -29,6 +29,7 @@ class AutodiffLevel final : public Level {
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
   bool differentiates() const override { return true; }
+  bool has_variables() const override { return has_variables_; }
   const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
   bool is_forward() const override { return mode_ == Mode::kForward; }
   std::string transform() const { return transform_.empty() ? kind() : transform_; }
@@ -72,6 +73,7 @@ class AutodiffLevel final : public Level {
  private:
   bool needs_derivative(const at::Tensor& tensor) const;
   Mode mode_;
+  bool has_variables_ = false;
   std::string transform_;
 };
 

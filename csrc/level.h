@@ -35,6 +35,8 @@ class Level : public c10::intrusive_ptr_target {
   virtual const char* kind() const = 0;
 
   virtual bool differentiates() const { return false; }
+  // Whether there is something with respect to which it does.
+  virtual bool has_variables() const { return false; }
   // Whether it does so in forward mode.
   virtual bool is_forward() const { return false; }
 

@@ -219,6 +219,15 @@ def refuse_generator() -> NoReturn:
     )
 
 
+def refuse_kept_tensors(count: int) -> NoReturn:
+    """Raise: Python objects outside hold what was traced."""
+    raise NotImplementedError(
+        f"compile: the function keeps {count} of the tensors that it makes (in an attribute, a list, a closure), as an "
+        f"optimizer does in its first step. A compiled function would not make them again in each call. Return them, "
+        f"write into tensors that are there before, or call the function once without compiling it, so that they are."
+    )
+
+
 def refuse_set(name: str) -> NoReturn:
     """Raise: an argument gets another memory."""
     raise NotImplementedError(

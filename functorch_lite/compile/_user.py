@@ -87,9 +87,7 @@ def aot_function(
     compiled = CompiledLeaves(of_leaves, options, num_params_buffers)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        outputs, out_structure = compiled.call(leaves, structure, lambda: _arguments.names(fn, args, kwargs))
-        return pytree.tree_unflatten(outputs, out_structure)
+        return compiled.call_with(args, kwargs, lambda: _arguments.names(fn, args, kwargs))
 
     return functools.update_wrapper(call, fn)
 
