@@ -228,6 +228,22 @@ def refuse_kept_tensors(count: int) -> NoReturn:
     )
 
 
+def refuse_subclass(caller: str) -> NoReturn:
+    """Raise: a graph takes or returns plain tensors."""
+    raise NotImplementedError(
+        f"{caller}: got a function that takes or returns a tensor subclass, and a graph is made of plain tensors. Pass "
+        f"the tensors that it is made of, or use functorch_lite.compile.aot_function."
+    )
+
+
+def refuse_written_view(caller: str) -> NoReturn:
+    """Raise: a graph by itself cannot write so."""
+    raise NotImplementedError(
+        f"{caller}: got a function that changes the shape of an argument in place, or writes arguments that share "
+        f"memory, which a graph by itself cannot do. Return the new tensor instead, or use functorch_lite.jit."
+    )
+
+
 def refuse_set(name: str) -> NoReturn:
     """Raise: an argument gets another memory."""
     raise NotImplementedError(

@@ -74,6 +74,8 @@ class CompiledLeaves:
     def __init__(self, function: LeavesFunction, options: Options, static_inputs: int = 0) -> None:
         self.function, self.options, self._static_inputs = function, options, static_inputs
         self._entries: dict[Any, list[_Entry]] = {}
+        #: Told of each graph, with the names and leaves of the arguments.
+        self.on_compile: Callable[[Sequence[str], Sequence[Any]], None] | None = None
         #: Finds entries without Python where that is simple.
         self._shortcuts = _C.CallCache()
         #: The function under transforms, by the transform.
@@ -127,6 +129,8 @@ class CompiledLeaves:
             entry = _valid(entries, arguments.tensors)  # of another thread
             if entry is None:
                 _compilations += 1
+                if self.on_compile is not None:
+                    self.on_compile(names(), arguments.filled(arguments.tensors))
                 entry = _Entry(self, arguments, structure, names())
                 entries.append(entry)
             return entry
