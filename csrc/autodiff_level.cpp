@@ -17,6 +17,7 @@
 #include <mutex>
 #include <utility>
 
+#include "backward_pass.h"
 #include "derivative_rules.h"
 #include "fallback.h"
 #include "fused_attention.h"
@@ -288,9 +289,13 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     seen_outside |= may_be_differentiated(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
-  const OneThread one_thread;
-  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
-                                         /*allow_unused=*/true);
+  auto found = try_backward_pass({roots, root_cotangents, inputs, keep_graph, /*create_graph=*/seen_outside});
+  if (!found.has_value()) {
+    const OneThread one_thread;
+    found = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                  /*allow_unused=*/true);
+  }
+  auto& gradients = *found;
   // A custom formula may hand out what it kept from the forward pass.
   for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
   return gradients;
