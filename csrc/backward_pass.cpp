@@ -128,7 +128,8 @@ class BackwardPass {
   void run_step(Step& step) {
     auto& node = *step.node;
     if (!request_.keep_graph) node.will_release_variables();
-    auto results = node(std::move(step.cotangents));
+    // Formulas do not take what they are given, and it is to be freed before the next one runs.
+    auto results = node(variable_list(std::move(step.cotangents)));
     if (!request_.keep_graph) node.release_variables();
     const auto& edges = node.next_edges();
     torch::autograd::validate_outputs(edges, results, [&](const std::string& message) {
