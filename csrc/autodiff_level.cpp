@@ -56,9 +56,6 @@ class SharedForwardMode {
 };
 SharedForwardMode shared_forward_mode;
 
-// Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
-bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
-
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
   const auto name = python_hooks().name_of_tensor(target);
@@ -90,10 +87,6 @@ void AutodiffLevel::on_open() {
 
 void AutodiffLevel::on_close() {
   if (is_forward()) shared_forward_mode.release();
-}
-
-bool AutodiffLevel::needs_derivative(const at::Tensor& tensor) const {
-  return is_forward() ? has_tangent(tensor) : tensor.requires_grad();
 }
 
 void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
@@ -180,7 +173,7 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
     for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(tensor); });
   }
   {
-    RunBelow below(*this, how.same_keys);
+    RunBelow below(*this, how.same_keys ? BelowKeys::kSame : BelowKeys::kOuter);
     call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
@@ -309,15 +302,14 @@ std::vector<at::Tensor> AutodiffLevel::gradients(const std::vector<at::Tensor>& 
   return torch::autograd::grad(outputs, inputs, cotangents, keep_graph, create_graph, allow_unused);
 }
 
-namespace {
-
-// Where PyTorch's autograd kernels arrive once they have recorded the call at the innermost level.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   auto* level = current_level();
   TORCH_INTERNAL_ASSERT(level != nullptr && typeid(*level) == typeid(AutodiffLevel), op.operator_name(),
                         " was recorded outside an autodiff level");
   static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
 }
+
+namespace {
 
 void choose_attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   if (fused_attention_serves(NamedArguments(op, *stack))) {

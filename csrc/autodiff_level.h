@@ -60,8 +60,12 @@ class AutodiffLevel final : public Level {
 
   struct Below {
     bool may_be_captured = false;  // a result may share memory with an argument from outside the level
-    bool same_keys = false;        // see RunBelow
+    bool same_keys = false;        // see BelowKeys
   };
+  // Whether the tensor, a wrapper of this level, has a derivative.
+  bool needs_derivative(const at::Tensor& tensor) const {
+    return is_forward() ? has_tangent(tensor) : tensor.requires_grad();
+  }
   // Runs the call on values and wraps the results.
   void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, Below how);
 
@@ -70,10 +74,17 @@ class AutodiffLevel final : public Level {
   void on_close() override;
 
  private:
-  bool needs_derivative(const at::Tensor& tensor) const;
   Mode mode_;
   std::string transform_;
 };
+
+// Whether autograd, seeing this tensor beside those of a level, would take another level's derivative for its own.
+inline bool carries_foreign_derivative(const at::Tensor& tensor) {
+  return tensor.requires_grad() || has_tangent(tensor);
+}
+
+// Where PyTorch's autograd kernels arrive once they have recorded a call at the innermost level.
+void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
 // Called once, at import.
 void register_below_autograd();
