@@ -5,7 +5,7 @@ and the ratio is the median over the turns: absolute times drift on shared machi
 
 Half of the operators take a Python scalar, where PyTorch's forward mode is at its slowest.
 
-With ``--operators``, the operators of benchmarks/rules.py instead, ten calls of each, under ``vmap``, ``grad``, and both.
+With ``--operators``, the operators of benchmarks/rules.py instead, fifty calls of each, under ``vmap``, ``grad``, and both.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from torch import Tensor
 import functorch_lite as fl
 
 OPERATORS = 100
+
+#: How often `--operators` calls each of them.
+CALLS = 50
 
 
 def chain(x: Tensor) -> Tensor:
@@ -102,10 +105,10 @@ def pair(
 
 
 def operator_compositions(api: object, row: Row, argument: int, dims: tuple[int | None, ...]) -> dict[str, object]:
-    """Ten calls of an operator under the transforms of one package."""
+    """Many calls of an operator under the transforms of one package."""
 
     def calls(*arguments: Tensor) -> list[Tensor]:
-        return [row.function(*arguments) for _ in range(10)]
+        return [row.function(*arguments) for _ in range(CALLS)]
 
     def loss(*arguments: Tensor) -> Tensor:
         return torch.stack([y.sum() for y in calls(*arguments)]).sum()
@@ -122,7 +125,7 @@ def operator_compositions(api: object, row: Row, argument: int, dims: tuple[int 
 
 def print_operators(api: object, only: str, turns: int) -> None:
     """The table of ``--operators``."""
-    print(f"torch {torch.__version__}, ten calls of each operator, one thread: microseconds of a call, to torch.func")
+    print(f"torch {torch.__version__}, {CALLS} calls of each operator, one thread: microseconds of a call, to torch.func")
     ratios: dict[str, list[float]] = {}
     for row in ROWS:
         if only not in row.name:
@@ -145,7 +148,7 @@ def print_operators(api: object, only: str, turns: int) -> None:
                 line += f"{name:>14}{'':15}"
                 continue
             ratios.setdefault(name, []).append(ratio)
-            line += f"{name:>14}{mine / 10:8.2f}{ratio:7.2f}"
+            line += f"{name:>14}{mine / CALLS:8.2f}{ratio:7.2f}"
         print(line, flush=True)
     for name, all_ratios in ratios.items():
         print(f"{name}: geometric mean {math.exp(statistics.fmean(map(math.log, all_ratios))):.2f}")

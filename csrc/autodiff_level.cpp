@@ -172,8 +172,11 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   if (how.may_be_captured) {
     for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(tensor); });
   }
+  const auto keys = how.same_keys     ? BelowKeys::kSame
+                    : how.is_recorded ? keys_below(*this, arguments, n)
+                                      : BelowKeys::kOuter;
   {
-    RunBelow below(*this, how.same_keys ? BelowKeys::kSame : BelowKeys::kOuter);
+    RunBelow below(*this, keys);
     call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
@@ -306,7 +309,7 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* s
   auto* level = current_level();
   TORCH_INTERNAL_ASSERT(level != nullptr && typeid(*level) == typeid(AutodiffLevel), op.operator_name(),
                         " was recorded outside an autodiff level");
-  static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
+  static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {.is_recorded = true});
 }
 
 namespace {

@@ -61,6 +61,7 @@ class AutodiffLevel final : public Level {
   struct Below {
     bool may_be_captured = false;  // a result may share memory with an argument from outside the level
     bool same_keys = false;        // see BelowKeys
+    bool is_recorded = false;      // autograd has been passed at this level, so it is one operator with a kernel
   };
   // Whether the tensor, a wrapper of this level, has a derivative.
   bool needs_derivative(const at::Tensor& tensor) const {

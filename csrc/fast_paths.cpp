@@ -65,23 +65,13 @@ Tensor boxed_way(c10::DispatchKeySet keys, const Args&... args) {
   return boxed<Op, &front>(keys, args...);
 }
 
-// Whether dispatch modes, as of tracing, see each call.
-bool a_mode_is_on() { return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python); }
-
-// Whether the tensor is what PyTorch's kernels compute with.
-bool is_plain(const Tensor& x) {
-  constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
-  return !x.key_set().has_any(wrapper_like);
-}
-
-// Whether plain autograd has nothing to do with an argument.
-bool passes_autograd(const Tensor& x) { return is_plain(x) && x.unsafeGetTensorImpl()->autograd_meta() == nullptr; }
-bool passes_autograd(const at::Scalar&) { return true; }
+bool value_passes_autograd(const Tensor& value) { return passes_autograd(value); }
+bool value_passes_autograd(const at::Scalar&) { return true; }
 
 // Calls the operator one level down.
 template <class Op, class... Args>
 Tensor call_below(const Level& level, const Args&... values) {
-  const bool past = level.parent() == nullptr && (passes_autograd(values) && ...) && !a_mode_is_on();
+  const bool past = level.parent() == nullptr && (value_passes_autograd(values) && ...) && !a_mode_is_on();
   const RunBelow below(level, past ? BelowKeys::kPastAutograd : BelowKeys::kOuter);
   return Op::call(values...);
 }

@@ -88,8 +88,8 @@ int64_t level_depth();
 bool is_active(const Level* level);
 
 // What is excluded from dispatch one level down: what was when the level was opened, for autograd's own exclusions are
-// those of the level that recorded; what is excluded now; or all of autograd, where plain PyTorch runs one operator that
-// has nothing to record and no view to track.
+// those of the level that recorded; what is excluded now; or all of autograd, as in inference mode, where plain PyTorch
+// runs operators that have nothing to record. (Views and writes are tracked by another key.)
 enum class BelowKeys : uint8_t { kOuter, kSame, kPastAutograd };
 
 // Runs the enclosed code one level below `level`.
