@@ -90,7 +90,6 @@ void AutodiffLevel::on_close() {
 }
 
 void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
-  if (is_forward() && try_tangent_question(op, stack, *this)) return;
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
   bool any_here = false;

@@ -4,8 +4,6 @@
 // that need nothing but that, without packing the arguments into a stack; any other call goes the boxed way. The boxed
 // way is the truth that the tests compare with. docs/performance.md has what they save.
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/boxing/BoxedKernel.h>
-#include <ATen/core/boxing/impl/boxing.h>
 #include <ATen/ops/abs_ops.h>
 #include <ATen/ops/add_ops.h>
 #include <ATen/ops/conj_ops.h>
@@ -46,23 +44,6 @@ Level* level_on_top() {
   if (!fast_paths_are_on.load(std::memory_order_relaxed)) return nullptr;
   const auto autocast = c10::autocast_dispatch_keyset - c10::impl::tls_local_dispatch_key_set().excluded_;
   return autocast.empty() ? current_level() : nullptr;
-}
-
-template <class Op>
-const c10::OperatorHandle& handle() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name);
-  return op;
-}
-
-template <class Op, c10::BoxedKernel::BoxedKernelFunction_withDispatchKeys* kernel_function, class... Args>
-Tensor boxed(c10::DispatchKeySet keys, const Args&... args) {
-  static const auto kernel = c10::BoxedKernel::makeFromFunction<kernel_function>();
-  return c10::impl::BoxedKernelWrapper<typename Op::schema>::call(kernel, handle<Op>(), keys, args...);
-}
-
-template <class Op, class... Args>
-Tensor boxed_way(c10::DispatchKeySet keys, const Args&... args) {
-  return boxed<Op, &front>(keys, args...);
 }
 
 bool value_passes_autograd(const Tensor& value) { return passes_autograd(value); }
@@ -187,14 +168,14 @@ Tensor differentiate(AutodiffLevel& level, c10::DispatchKeySet keys, const Args&
     case Part::kRunBelow:
       return run_below<Op>(level, args...);
     default:
-      return boxed_way<Op>(keys, args...);
+      return call_boxed<Op>(keys, args...);
   }
 }
 
 // On kBelowAutograd: PyTorch's autograd kernel has recorded the call.
 template <class Op, class... Args>
 Tensor recorded(c10::DispatchKeySet keys, const Args&... args) {
-  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return boxed<Op, &below_autograd>(keys, args...);
+  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return call_boxed<Op, &below_autograd>(keys, args...);
   return run_below<Op>(static_cast<AutodiffLevel&>(*current_level()), args...);
 }
 
@@ -210,7 +191,7 @@ Tensor unary(c10::DispatchKeySet keys, const Tensor& x) {
     const Operand a(x, *level);
     if (!a.escaped()) return wrap(call_below<Op>(*level, *a.value), *level, a.bdim);
   }
-  return boxed_way<Op>(keys, x);
+  return call_boxed<Op>(keys, x);
 }
 
 template <class Op, class... Rest>
@@ -228,19 +209,19 @@ Tensor binary_of_tensors(c10::DispatchKeySet keys, const Tensor& x, const Tensor
       return wrap(call_below<Op>(*level, *a.value, *b.value, rest...), *level, *bdim);
     }
   }
-  return boxed_way<Op>(keys, x, y, rest...);
+  return call_boxed<Op>(keys, x, y, rest...);
 }
 
 template <class Op, class... Rest>
 Tensor binary(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const Rest&... rest) {
-  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return boxed_way<Op>(keys, x, y, rest...);
+  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return call_boxed<Op>(keys, x, y, rest...);
   const auto number = as_number_of(x, y);
   return binary_of_tensors<Op, Rest...>(keys, x, number.defined() ? number : y, rest...);
 }
 
 // Derivative formulas conjugate everything, and nearly everything is real.
 Tensor conj(c10::DispatchKeySet keys, const Tensor& x) {
-  return x.is_complex() ? boxed_way<at::_ops::conj>(keys, x) : x;
+  return x.is_complex() ? call_boxed<at::_ops::conj>(keys, x) : x;
 }
 
 // The two places where the dispatcher finds shortcuts.
