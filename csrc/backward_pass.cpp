@@ -24,10 +24,9 @@ using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 
-// Whether nobody else could see a write into this tensor.
+// Whether it can be written into, and nobody else would see that.
 bool is_temporary(const Tensor& x) {
-  constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
-  return x.use_count() == 1 && x.layout() == c10::kStrided && !x.key_set().has_any(wrapper_like) && x.has_storage() &&
+  return x.use_count() == 1 && x.layout() == c10::kStrided && is_plain(x) && !x._is_zerotensor() && x.has_storage() &&
          x.storage().use_count() == 1 && x.is_non_overlapping_and_dense();
 }
 
@@ -133,7 +132,7 @@ class BackwardPass {
     if (!request_.keep_graph) node.release_variables();
     const auto& edges = node.next_edges();
     torch::autograd::validate_outputs(edges, results, [&](const std::string& message) {
-      return c10::str("Function ", node.name(), " ", message);
+      return c10::str("Function ", node.name(), " returned an ", message);
     });
     for (size_t i = 0; i < edges.size(); ++i) {
       if (edges[i].is_valid()) arrive(followers_[step.first_follower + i], edges[i], std::move(results[i]));
