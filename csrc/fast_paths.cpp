@@ -11,8 +11,11 @@
 #include <ATen/ops/div_ops.h>
 #include <ATen/ops/exp_ops.h>
 #include <ATen/ops/log_ops.h>
+#include <ATen/ops/maximum_ops.h>
+#include <ATen/ops/minimum_ops.h>
 #include <ATen/ops/mul_ops.h>
 #include <ATen/ops/neg_ops.h>
+#include <ATen/ops/pow_ops.h>
 #include <ATen/ops/reciprocal_ops.h>
 #include <ATen/ops/relu_ops.h>
 #include <ATen/ops/rsqrt_ops.h>
@@ -181,17 +184,17 @@ Tensor recorded(c10::DispatchKeySet keys, const Args&... args) {
 
 bool is_vmap(const Level& level) { return typeid(level) == typeid(VmapLevel); }
 
-template <class Op>
-Tensor unary(c10::DispatchKeySet keys, const Tensor& x) {
+template <class Op, class... Rest>
+Tensor unary(c10::DispatchKeySet keys, const Tensor& x, const Rest&... rest) {
   auto* level = level_on_top();
   if (level != nullptr && level->differentiates()) {
-    return differentiate<Op>(static_cast<AutodiffLevel&>(*level), keys, x);
+    return differentiate<Op>(static_cast<AutodiffLevel&>(*level), keys, x, rest...);
   }
   if (level != nullptr && is_vmap(*level)) {
     const Operand a(x, *level);
-    if (!a.escaped()) return wrap(call_below<Op>(*level, *a.value), *level, a.bdim);
+    if (!a.escaped()) return wrap(call_below<Op>(*level, *a.value, rest...), *level, a.bdim);
   }
-  return call_boxed<Op>(keys, x);
+  return call_boxed<Op>(keys, x, rest...);
 }
 
 template <class Op, class... Rest>
@@ -240,10 +243,13 @@ void add_all(torch::Library& m) {
   const auto add_unary = [&]<class... Ops>(std::tuple<Ops...>*) { (add<place, Ops>(m, &unary<Ops>), ...); };
   add_unary(static_cast<std::tuple<ops::abs, ops::cos, ops::exp, ops::log, ops::neg, ops::reciprocal, ops::relu,
                                    ops::rsqrt, ops::sigmoid, ops::sin, ops::sqrt, ops::tanh>*>(nullptr));
+  add<place, ops::pow_Tensor_Scalar>(m, &unary<ops::pow_Tensor_Scalar, at::Scalar>);
   add<place, ops::add_Tensor>(m, &binary<ops::add_Tensor, at::Scalar>);
   add<place, ops::sub_Tensor>(m, &binary<ops::sub_Tensor, at::Scalar>);
   add<place, ops::mul_Tensor>(m, &binary<ops::mul_Tensor>);
   add<place, ops::div_Tensor>(m, &binary<ops::div_Tensor>);
+  add<place, ops::maximum>(m, &binary<ops::maximum>);
+  add<place, ops::minimum>(m, &binary<ops::minimum>);
 }
 
 TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {

@@ -14,11 +14,14 @@ UNARY = {
     name: getattr(torch, name)
     for name in ("abs", "cos", "exp", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin", "sqrt", "tanh")
 }
+UNARY |= {f"pow {exponent}": lambda x, exponent=exponent: x**exponent for exponent in (2, 3, -1, 0.5, 2.5, 0)}
 BINARY = {
     "add": lambda x, y: torch.add(x, y, alpha=2),
     "sub": lambda x, y: torch.sub(x, y, alpha=3),
     "mul": torch.mul,
     "div": torch.div,
+    "maximum": lambda x, y: torch.maximum(x, y if isinstance(y, Tensor) else torch.tensor(y)),
+    "minimum": lambda x, y: torch.minimum(x, y if isinstance(y, Tensor) else torch.tensor(y)),
 }
 
 
