@@ -5,7 +5,7 @@ and the ratio is the median over the turns: absolute times drift on shared machi
 
 Half of the operators take a Python scalar, where PyTorch's forward mode is at its slowest.
 
-With ``--operators``, the operators of benchmarks/rules.py instead, fifty calls of each, under ``vmap``, ``grad``, and both.
+With ``--operators``, the operators of benchmarks/rules.py instead, fifty calls of each.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def operator_compositions(api: object, row: Row, argument: int, dims: tuple[int 
 
 def print_operators(api: object, only: str, turns: int) -> None:
     """The table of ``--operators``."""
-    print(f"torch {torch.__version__}, {CALLS} calls of each operator, one thread: microseconds of a call, to torch.func")
+    print(f"torch {torch.__version__}, {CALLS} calls of each operator, one thread")
+    print("for each composition: microseconds of a call, and the ratio to torch.func")
     ratios: dict[str, list[float]] = {}
     for row in ROWS:
         if only not in row.name:
@@ -166,7 +167,8 @@ def main() -> None:
 
     if arguments.operators:
         warnings.simplefilter("ignore")
-        return print_operators(peer, arguments.only, arguments.turns)
+        print_operators(peer, arguments.only, arguments.turns)
+        return
     example = [torch.rand(8, 4)]
     ours, theirs, plain = compositions(fl), compositions(peer), floors()
     print(f"torch {torch.__version__}, 8x4 float32, one thread, microseconds per operator")

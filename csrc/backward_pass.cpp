@@ -145,8 +145,8 @@ class BackwardPass {
   size_t leaves_ = 0;
   std::vector<size_t> places_of_inputs_;
   ska::flat_hash_map<Node*, size_t> places_;
-  std::vector<size_t> followers_;  // for each edge of each node, the step that it leads to
-  std::vector<NodePtr> accumulators_;      // nobody else may hold them
+  std::vector<size_t> followers_;      // for each edge of each node, the step that it leads to
+  std::vector<NodePtr> accumulators_;  // nobody else may hold them
   torch::autograd::edge_list roots_;
   std::vector<size_t> root_steps_;
   std::vector<std::pair<uint64_t, size_t>> ready_;  // a heap

@@ -263,5 +263,7 @@ def test_long_chains_need_no_deep_stack():
 
 def test_jacobians_and_hessians_of_sums():
     x = torch.rand(4)
-    torch.testing.assert_close(jacrev(lambda x: x.cumsum(0) * x)(x), torch.tril(x[:, None].expand(4, 4)) + torch.diag(x.cumsum(0)))
+    torch.testing.assert_close(
+        jacrev(lambda x: x.cumsum(0) * x)(x), torch.tril(x[:, None].expand(4, 4)) + torch.diag(x.cumsum(0))
+    )
     torch.testing.assert_close(hessian(lambda x: x.sum() ** 2)(x), torch.full((4, 4), 2.0))

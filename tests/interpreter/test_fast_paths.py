@@ -1,4 +1,4 @@
-"""The typed shortcuts of csrc/fast_paths.cpp give the bits of the boxed way, which is what a call takes without them."""
+"""The typed shortcuts of csrc/fast_paths.cpp give the bits of the boxed way, which a call takes without them."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from functorch_lite import EscapedTensorError, _C, grad, hessian, jacrev, jvp, vmap
+from functorch_lite import _C, EscapedTensorError, grad, hessian, jacrev, jvp, vmap
 
 UNARY = {
     name: getattr(torch, name)
@@ -206,7 +206,11 @@ def test_dispatch_modes_see_the_numbers_that_the_user_wrote():
 def test_escaped_tensors(op):
     kept = []
     vmap(lambda x: kept.append(x) or x)(rand(2, 3))
-    for run in (lambda: op(kept[0]), lambda: vmap(lambda y: op(kept[0]) + y)(rand(2, 3)), lambda: grad(lambda y: (op(kept[0]) + y).sum())(rand(3))):
+    for run in (
+        lambda: op(kept[0]),
+        lambda: vmap(lambda y: op(kept[0]) + y)(rand(2, 3)),
+        lambda: grad(lambda y: (op(kept[0]) + y).sum())(rand(3)),
+    ):
         found = check(run)
         assert isinstance(found, str)
         assert found.startswith(EscapedTensorError.__name__)
@@ -216,7 +220,10 @@ def test_escaped_tensors(op):
 def test_constants_of_a_closed_level(op):
     kept = []
     grad(lambda x: kept.append(x.detach() + 1) or x.sum())(rand(3))
-    for run in (lambda: vmap(lambda y: op(kept[0]) + y)(rand(2, 3)), lambda: grad(lambda y: (op(kept[0]) + y).sum())(rand(3))):
+    for run in (
+        lambda: vmap(lambda y: op(kept[0]) + y)(rand(2, 3)),
+        lambda: grad(lambda y: (op(kept[0]) + y).sum())(rand(3)),
+    ):
         found = check(run)
         assert not isinstance(found, str), found
 
