@@ -1,4 +1,4 @@
-// The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
+// The Python face of the extension. Typed in functorch_lite/_C.pyi.
 #include <ATen/FunctionalTensorWrapper.h>
 #include <pybind11/functional.h>
 #include <torch/csrc/Exceptions.h>
@@ -13,6 +13,7 @@
 #include "memory_meter.h"
 #include "rule.h"
 #include "tape.h"
+#include "trees.h"
 #include "vmap_level.h"
 #include "wrapper.h"
 
@@ -362,6 +363,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("live", &MemoryMeter::live)
       .def_property_readonly("peak", &MemoryMeter::peak);
 
+  m.def("flatten", &flatten_tree);
+  m.def("unflatten", &unflatten_tree);
+  m.def("broadcast_dims", &broadcast_dims);
   m.def("current_level", &innermost_level);
   m.def("is_differentiated_below", &is_differentiated_below);
 

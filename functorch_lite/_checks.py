@@ -182,6 +182,8 @@ def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: 
 
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
+    if type(argnums) is int and 0 <= argnums < count:
+        return (argnums,)
     given = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(given, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
