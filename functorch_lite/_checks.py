@@ -434,3 +434,11 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
         f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
         f"the function is computed again. Pass a clone."
     )
+
+
+def no_dependence(transform: str, func: object, path: str) -> str:
+    """What to say of an output that does not depend on the primals."""
+    return (
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
+        f"for a tangent of zeros."
+    )

@@ -106,6 +106,19 @@ def _map(
     return _tree.unflatten(placed, out_spec)
 
 
+def map_rows(
+    func: Callable[..., Any],
+    rows: Sequence[Tensor],
+    batch_size: int,
+    out_dims: Any,
+    randomness: str,
+    chunks: _C.Chunks | None = None,
+) -> Any:
+    """What ``func`` returns for tensors with the batch in front, `vmap` without its checks."""
+    leaves, spec = _tree.flatten(tuple(rows))
+    return _map(func, leaves, spec, [0] * len(leaves), batch_size, out_dims, _RANDOMNESS[randomness], {}, chunks)
+
+
 def map_chunks(
     func: Callable[..., Any],
     chunk_of: Callable[[int, int], Sequence[Tensor]],
@@ -119,12 +132,10 @@ def map_chunks(
     No two chunks of arguments are in memory at one time.
     """
     chunks = _C.Chunks(batch_size, generators_in_use())
-    mode = _RANDOMNESS[randomness]
 
     def on_chunk(start: int, size: int) -> Any:
         chunks.begin(size)
-        leaves, spec = _tree.flatten(tuple(chunk_of(start, start + size)))
-        return _map(func, leaves, spec, [0] * len(leaves), size, out_dims, mode, {}, chunks)
+        return map_rows(func, chunk_of(start, start + size), size, out_dims, randomness, chunks)
 
     return [on_chunk(start, min(chunk_size, batch_size - start)) for start in range(0, batch_size, chunk_size)]
 
