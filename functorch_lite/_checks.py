@@ -183,6 +183,8 @@ def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: 
 
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
+    if type(argnums) is int and 0 <= argnums < count:
+        return (argnums,)
     given = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(given, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
@@ -456,4 +458,12 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
         f"checkpoint: {function} writes in place into a tensor from outside the "
         f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
         f"the function is computed again. Pass a clone."
+    )
+
+
+def no_dependence(transform: str, func: object, path: str) -> str:
+    """What to say of an output that does not depend on the primals."""
+    return (
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
+        f"for a tangent of zeros."
     )
