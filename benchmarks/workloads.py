@@ -333,7 +333,7 @@ def maml_step(tasks: int, batch: int, features: int, hidden: int) -> Workload:
         adapted = {name: p - 0.1 * slope[name] for name, p in params.items()}
         hidden, outputs = mlps(adapted, x)
         v = slopes_of_mlps(adapted, x, hidden, (scale / n) * (outputs - y))
-        # The gradient v of each task, less 0.1 times the Hessian of its first loss times v, which is a derivative along v.
+        # The gradient v of each task, less 0.1 times the Hessian of its first loss times v: a derivative along v.
         curved = 1 - inner * inner
         along = torch.baddbmm(v["p1"].unsqueeze(1), x, v["p0"].mT) * curved
         cotangent_along = scale * (torch.baddbmm(v["p3"].unsqueeze(1), inner, v["p2"].mT) + along @ params["p2"].T)
