@@ -34,16 +34,18 @@ def unit(name: str, paths: list[Path]) -> str:
     return str(file.relative_to(ROOT))
 
 
-BINDINGS = ROOT / "csrc" / "bindings.cpp"
+# The files that know Python.
+BINDINGS = [ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "call_cache.cpp"]
 
 extension = CppExtension(
     "functorch_lite._C",
     sources=[
-        unit("bindings", [BINDINGS]),
+        unit("bindings", BINDINGS),
         unit("rules", list(ROOT.glob("csrc/rules/*.cpp"))),
         unit(
             "core",
-            [path for path in ROOT.glob("csrc/*.cpp") if path != BINDINGS] + list(ROOT.glob("csrc/derivatives/*.cpp")),
+            [path for path in ROOT.glob("csrc/*.cpp") if path not in BINDINGS]
+            + list(ROOT.glob("csrc/derivatives/*.cpp")),
         ),
     ],
     depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")),

@@ -17,6 +17,7 @@
 #include <mutex>
 #include <utility>
 
+#include "backward_pass.h"
 #include "derivative_rules.h"
 #include "fallback.h"
 #include "fused_attention.h"
@@ -55,9 +56,6 @@ class SharedForwardMode {
 };
 SharedForwardMode shared_forward_mode;
 
-// Whether autograd, seeing this tensor beside ours, would take another level's derivative for its own.
-bool carries_foreign_derivative(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
-
 [[noreturn]] void refuse_captured_write(const c10::OperatorHandle& op, const AutodiffLevel& level,
                                         const at::Tensor& target) {
   const auto name = python_hooks().name_of_tensor(target);
@@ -91,12 +89,7 @@ void AutodiffLevel::on_close() {
   if (is_forward()) shared_forward_mode.release();
 }
 
-bool AutodiffLevel::needs_derivative(const at::Tensor& tensor) const {
-  return is_forward() ? has_tangent(tensor) : tensor.requires_grad();
-}
-
 void AutodiffLevel::run(const c10::OperatorHandle& op, Stack& stack) {
-  if (is_forward() && try_tangent_question(op, stack, *this)) return;
   const auto n = count_arguments(op);
   auto* arguments = stack.data() + stack.size() - n;
   bool any_here = false;
@@ -178,8 +171,11 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
   if (how.may_be_captured) {
     for_each_tensor(arguments, n, [&](const at::Tensor& tensor) { sources.push_back(tensor); });
   }
+  const auto keys = how.same_keys     ? BelowKeys::kSame
+                    : how.is_recorded ? keys_below(*this, arguments, n)
+                                      : BelowKeys::kOuter;
   {
-    RunBelow below(*this, how.same_keys);
+    RunBelow below(*this, keys);
     call_on_values(op, stack, *this);
   }
   auto* results = stack.data() + stack.size() - schema.returns().size();
@@ -194,6 +190,7 @@ void AutodiffLevel::run_below(const c10::OperatorHandle& op, Stack& stack, Below
 }
 
 at::Tensor AutodiffLevel::lift_variable(const at::Tensor& value) {
+  has_variables_ = true;
   auto result = wrap(value, *this);
   result.unsafeGetTensorImpl()->set_requires_grad(true);
   return result;
@@ -211,6 +208,7 @@ at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
 }  // namespace
 
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
+  has_variables_ = true;
   auto result = wrap(primal, *this);
   auto direction = tangent;
   {
@@ -288,9 +286,13 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     seen_outside |= may_be_differentiated(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
-  const OneThread one_thread;
-  auto gradients = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
-                                         /*allow_unused=*/true);
+  auto found = try_backward_pass({roots, root_cotangents, inputs, keep_graph, /*create_graph=*/seen_outside});
+  if (!found.has_value()) {
+    const OneThread one_thread;
+    found = torch::autograd::grad(roots, inputs, root_cotangents, keep_graph, /*create_graph=*/seen_outside,
+                                  /*allow_unused=*/true);
+  }
+  auto& gradients = *found;
   // A custom formula may hand out what it kept from the forward pass.
   for (auto& gradient : gradients) gradient = strip_closed_levels(std::move(gradient));
   return gradients;
@@ -304,15 +306,14 @@ std::vector<at::Tensor> AutodiffLevel::gradients(const std::vector<at::Tensor>& 
   return torch::autograd::grad(outputs, inputs, cotangents, keep_graph, create_graph, allow_unused);
 }
 
-namespace {
-
-// Where PyTorch's autograd kernels arrive once they have recorded the call at the innermost level.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   auto* level = current_level();
   TORCH_INTERNAL_ASSERT(level != nullptr && typeid(*level) == typeid(AutodiffLevel), op.operator_name(),
                         " was recorded outside an autodiff level");
-  static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {});
+  static_cast<AutodiffLevel*>(level)->run_below(op, *stack, {.is_recorded = true});
 }
+
+namespace {
 
 void choose_attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   if (fused_attention_serves(NamedArguments(op, *stack))) {

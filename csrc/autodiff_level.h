@@ -29,6 +29,7 @@ class AutodiffLevel final : public Level {
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack) override;
   bool differentiates() const override { return true; }
+  bool has_variables() const override { return has_variables_; }
   const char* kind() const override { return is_forward() ? "jvp" : "grad"; }
   bool is_forward() const override { return mode_ == Mode::kForward; }
   std::string transform() const { return transform_.empty() ? kind() : transform_; }
@@ -60,8 +61,13 @@ class AutodiffLevel final : public Level {
 
   struct Below {
     bool may_be_captured = false;  // a result may share memory with an argument from outside the level
-    bool same_keys = false;        // see RunBelow
+    bool same_keys = false;        // see BelowKeys
+    bool is_recorded = false;      // autograd has been passed at this level, so it is one operator with a kernel
   };
+  // Whether the tensor, a wrapper of this level, has a derivative.
+  bool needs_derivative(const at::Tensor& tensor) const {
+    return is_forward() ? has_tangent(tensor) : tensor.requires_grad();
+  }
   // Runs the call on values and wraps the results.
   void run_below(const c10::OperatorHandle& op, torch::jit::Stack& stack, Below how);
 
@@ -70,10 +76,18 @@ class AutodiffLevel final : public Level {
   void on_close() override;
 
  private:
-  bool needs_derivative(const at::Tensor& tensor) const;
   Mode mode_;
+  bool has_variables_ = false;
   std::string transform_;
 };
+
+// Whether autograd, seeing this tensor beside those of a level, would take another level's derivative for its own.
+inline bool carries_foreign_derivative(const at::Tensor& tensor) {
+  return tensor.requires_grad() || has_tangent(tensor);
+}
+
+// Where PyTorch's autograd kernels arrive once they have recorded a call at the innermost level.
+void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
 // Called once, at import.
 void register_below_autograd();

@@ -26,7 +26,7 @@ BatchCall::BatchCall(const c10::OperatorHandle& op, Stack& stack)
       level_(current_vmap_level()),
       bdims_(stack.size() - begin_, kNoBatchDim),
       written_(op.schema(), stack.data() + begin_),
-      below_(level_) {
+      below_(level_, keys_below(level_, stack.data() + begin_, bdims_.size())) {
   const auto& schema = op.schema();
   const auto refuse_captured_target = [&](size_t i, const c10::IValue& target) {
     const auto* alias = schema.arguments()[i].alias_info();

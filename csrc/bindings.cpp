@@ -1,16 +1,18 @@
-// The Python face of the extension, and the only file that knows Python. Typed in functorch_lite/_C.pyi.
+// The Python face of the extension. Typed in functorch_lite/_C.pyi.
 #include <ATen/FunctionalTensorWrapper.h>
 #include <pybind11/functional.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "autodiff_level.h"
+#include "call_cache.h"
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
 #include "functionalize_level.h"
 #include "fused_attention.h"
 #include "memory_meter.h"
+#include "recorder.h"
 #include "rule.h"
 #include "tape.h"
 #include "vmap_level.h"
@@ -200,6 +202,9 @@ py::object innermost_level() {
   if (auto* functionalize = dynamic_cast<FunctionalizeLevel*>(level)) {
     return py::cast(c10::intrusive_ptr<FunctionalizeLevel>::unsafe_reclaim_from_nonowning(functionalize));
   }
+  if (auto* recorder = dynamic_cast<Recorder*>(level)) {
+    return py::cast(c10::intrusive_ptr<Recorder>::unsafe_reclaim_from_nonowning(recorder));
+  }
   return py::cast(c10::intrusive_ptr<AutodiffLevel>::unsafe_reclaim_from_nonowning(static_cast<AutodiffLevel*>(level)));
 }
 
@@ -264,6 +269,8 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("__exit__", [](Level& level, const py::object&, const py::object&, const py::object&) { level.close(); })
       .def_property_readonly("depth", &Level::depth)
+      .def_property_readonly("tensors_alive",
+                             [](const LevelPtr& level) { return static_cast<int64_t>(level.use_count()) - 1; })
       .def_property_readonly("kind", &Level::kind);
   py::enum_<VmapLevel::Randomness>(m, "Randomness")
       .value("error", VmapLevel::Randomness::kError)
@@ -324,6 +331,34 @@ PYBIND11_MODULE(_C, m) {
       .def("record", &record_call)
       .def_static("take_place", &TapeLevel::take_place)
       .def("finish", &TapeLevel::finish);
+
+  py::class_<Program, c10::intrusive_ptr<Program>>(m, "Program")
+      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def("__repr__", &Program::describe);
+  py::class_<Recorder, Level, c10::intrusive_ptr<Recorder>>(m, "Recorder")
+      .def(py::init<bool>(), py::arg("simplifies"))
+      .def("lift", &Recorder::lift)
+      .def("finish", &Recorder::finish);
+
+  py::class_<CallCache>(m, "CallCache")
+      .def(py::init<>())
+      .def("call", &CallCache::call)
+      .def("add",
+           [](CallCache& cache, const py::tuple& args, const py::dict& kwargs, const py::object& compute,
+              Tensors captured, std::vector<std::pair<size_t, size_t>> writes, std::vector<py::tuple> outputs,
+              py::object structure, std::vector<std::pair<py::object, bool>> training,
+              std::vector<std::tuple<py::dict, py::object, py::object>> members) {
+             const bool is_program = py::isinstance<Program>(compute);
+             CallCache::Compiled compiled{
+                 .program = is_program ? compute.cast<c10::intrusive_ptr<Program>>() : c10::intrusive_ptr<Program>(),
+                 .function = compute,
+                 .captured = std::move(captured),
+                 .writes = std::move(writes),
+                 .outputs = std::move(outputs),
+                 .structure = std::move(structure)};
+             cache.add(args, kwargs, std::move(compiled), {std::move(training), std::move(members)});
+           })
+      .def("clear", &CallCache::clear);
 
   py::class_<OutsideContext>(m, "Outside")
       .def(py::init<>())

@@ -25,7 +25,7 @@ DerivativeTable make_derivative_table() {
 // How many derivatives are taken outside the level: by levels, and by PyTorch outside of all.
 int derivatives_outside(const AutodiffLevel& level, const Operator& op, const Stack& stack) {
   int count = 0;
-  for (const auto* l = level.parent(); l != nullptr; l = l->parent()) count += l->differentiates();
+  for (const auto* l = level.parent(); l != nullptr; l = l->parent()) count += l->has_variables();
   const auto n = count_arguments(op);
   bool plain = false;
   for_each_tensor(stack.data() + stack.size() - n, n, [&](const at::Tensor& x) {

@@ -187,9 +187,9 @@ struct Reduce {
 
 struct ReduceAll {
   c10::OperatorHandle sibling;
+  bool wants_list;  // of dimensions
   void operator()(BatchCall& call) const {
     const auto& x = call.to_front(0);
-    const bool wants_list = sibling.schema().arguments()[position_of(sibling.schema(), "dim")].type()->str() != "int";
     if (wants_list && x.dim() > 1) {
       std::vector<int64_t> dims;
       for (int64_t d = 1; d < x.dim(); ++d) dims.push_back(d);
@@ -282,7 +282,10 @@ Family reduce(std::string dim) {
 }
 
 Family reduce_all(const char* sibling) {
-  return {"reduce_all", [sibling](const c10::FunctionSchema&) -> Rule { return ReduceAll{find_operator(sibling)}; }};
+  return {"reduce_all", [sibling](const c10::FunctionSchema&) -> Rule {
+            const auto op = find_operator(sibling);
+            return ReduceAll{op, op.schema().arguments()[position_of(op.schema(), "dim")].type()->str() != "int"};
+          }};
 }
 
 Family shaped(std::string size, std::vector<std::string> dims) {

@@ -44,7 +44,7 @@ bool fused_attention_serves(const NamedArguments& args) {
   int64_t derivatives = 0;
   for (const auto* level = current_level(); level != nullptr; level = level->parent()) {
     if (level->is_forward()) return false;
-    derivatives += level->differentiates();
+    derivatives += level->has_variables();
   }
   if (derivatives > 1 || (derivatives == 1 && args["dropout_p"].toDouble() > 0)) return false;
   const bool plain_autograd_records = derivatives == 1 || AutogradModes::current().grad;

@@ -74,17 +74,18 @@ void Level::close() {
   set_innermost(parent.get(), c10::impl::tls_local_dispatch_key_set());
 }
 
-RunBelow::RunBelow(const Level& level, bool same_keys)
+RunBelow::RunBelow(const Level& level, BelowKeys which)
     : level_(level),
       saved_level_(innermost),
       saved_keys_(c10::impl::tls_local_dispatch_key_set()),
       saved_modes_(level.sets_modes_ ? AutogradModes::current() : AutogradModes{}) {
   auto keys = saved_keys_;
-  if (level.sets_modes_ && !same_keys) {
+  if (level.sets_modes_ && which != BelowKeys::kSame) {
     const auto& outer = level.outer_keys_;
     keys.excluded_ = (keys.excluded_ - kRecordingKeys) | (outer.excluded_ & kRecordingKeys);
     keys.included_ = (keys.included_ - kRecordingKeys) | (outer.included_ & kRecordingKeys);
   }
+  if (which == BelowKeys::kPastAutograd) keys.excluded_ = keys.excluded_ | c10::autograd_dispatch_keyset;
   if (level.sets_modes_) level.outer_modes_.make_current();
   set_innermost(level.parent(), keys);
 }

@@ -35,6 +35,8 @@ class Level : public c10::intrusive_ptr_target {
   virtual const char* kind() const = 0;
 
   virtual bool differentiates() const { return false; }
+  // Whether there is something with respect to which it does.
+  virtual bool has_variables() const { return false; }
   // Whether it does so in forward mode.
   virtual bool is_forward() const { return false; }
 
@@ -87,12 +89,15 @@ int64_t level_depth();
 // Whether `level` is on this thread's stack, counted from the innermost level that is running now.
 bool is_active(const Level* level);
 
+// What is excluded from dispatch one level down: what was when the level was opened, for autograd's own exclusions are
+// those of the level that recorded; what is excluded now; or all of autograd, as in inference mode, where plain PyTorch
+// runs operators that have nothing to record. (Views and writes are tracked by another key.)
+enum class BelowKeys : uint8_t { kOuter, kSame, kPastAutograd };
+
 // Runs the enclosed code one level below `level`.
 class RunBelow {
  public:
-  // `same_keys`: keep what is excluded from dispatch now. Otherwise autograd's own exclusions, which are for the level
-  // that recorded, are lifted for the one below.
-  explicit RunBelow(const Level& level, bool same_keys = false);
+  explicit RunBelow(const Level& level, BelowKeys which = BelowKeys::kOuter);
   ~RunBelow();
   RunBelow(const RunBelow&) = delete;
   RunBelow& operator=(const RunBelow&) = delete;

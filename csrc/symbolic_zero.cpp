@@ -3,19 +3,21 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/native/TypeProperties.h>
+#include <ATen/ops/_efficientzerotensor_ops.h>
+#include <ATen/ops/_fw_primal_ops.h>
+#include <ATen/ops/_has_same_storage_numel_ops.h>
 #include <ATen/ops/clone.h>
+#include <ATen/ops/is_same_size_ops.h>
 #include <ATen/ops/mul.h>
+#include <torch/library.h>
 
+#include "front.h"
 #include "wrapper.h"
 
 namespace functorch_lite {
 namespace {
 
 struct Operators {
-  c10::OperatorHandle make_zero = find_operator("_efficientzerotensor");
-  c10::OperatorHandle primal = find_operator("_fw_primal");
-  c10::OperatorHandle same_storage_size = find_operator("_has_same_storage_numel");
-  c10::OperatorHandle same_size = find_operator("is_same_size");
   c10::OperatorHandle mul = find_operator("mul.Tensor");
   c10::OperatorHandle div = find_operator("div.Tensor");
   c10::OperatorHandle add = find_operator("add.Tensor");
@@ -86,45 +88,51 @@ std::optional<std::vector<c10::SymInt>> sizes_of_product(const c10::OperatorHand
   return std::nullopt;
 }
 
-}  // namespace
-
-bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level) {
-  const auto& known = operators();
-  if (op == known.make_zero) {
-    const auto* arguments = stack.data() + stack.size() - 5;  // size, dtype, layout, device, pin_memory
-    auto zero = make_symbolic_zero(
-        arguments[0].toSymIntVector(),
-        arguments[1].isNone() ? c10::typeMetaToScalarType(c10::get_default_dtype()) : arguments[1].toScalarType(),
-        arguments[3].isNone() ? c10::Device(c10::kCPU) : arguments[3].toDevice(), level);
-    torch::jit::drop(stack, 5);
-    torch::jit::push(stack, std::move(zero));
-    return true;
-  }
-  if (op == known.primal) {
-    const auto& dual = stack[stack.size() - 2].toTensor();
-    const auto* wrapper = wrapper_at(dual, &level);
-    if (wrapper == nullptr) return false;
-    auto primal = wrap(wrapper->value(), level);
-    torch::jit::drop(stack, 2);
-    torch::jit::push(stack, std::move(primal));
-    return true;
-  }
-  if (op == known.same_storage_size) {
-    // Asked before a tensor gets a tangent, whose memory layout must match. Wrappers have no storage.
-    torch::jit::drop(stack, 2);
-    torch::jit::push(stack, true);
-    return true;
-  }
-  if (op == known.same_size) {
-    // Asked of a view before it has its tangent. Looking for that here would derive it from the base's.
-    const auto* arguments = stack.data() + stack.size() - 2;
-    const bool same = arguments[0].toTensor().sym_sizes() == arguments[1].toTensor().sym_sizes();
-    torch::jit::drop(stack, 2);
-    torch::jit::push(stack, same);
-    return true;
-  }
-  return false;
+// What formulas ask around tangents, typed, for they ask it at each operator. At other levels these are operators like
+// any other.
+Level* forward_level() {
+  auto* level = current_level();
+  return level != nullptr && level->is_forward() ? level : nullptr;
 }
+
+at::Tensor make_zero(c10::DispatchKeySet keys, c10::SymIntArrayRef sizes, std::optional<c10::ScalarType> dtype,
+                     std::optional<c10::Layout> layout, std::optional<c10::Device> device,
+                     std::optional<bool> pin_memory) {
+  if (auto* level = forward_level()) {
+    return make_symbolic_zero(sizes, dtype.value_or(c10::typeMetaToScalarType(c10::get_default_dtype())),
+                              device.value_or(c10::kCPU), *level);
+  }
+  return call_boxed<at::_ops::_efficientzerotensor>(keys, sizes, dtype, layout, device, pin_memory);
+}
+
+// A primal without its tangent.
+at::Tensor primal(c10::DispatchKeySet keys, const at::Tensor& dual, int64_t index) {
+  auto* level = forward_level();
+  const auto* wrapper = level != nullptr ? wrapper_at(dual, level) : nullptr;
+  if (wrapper != nullptr) return wrap(wrapper->value(), *level);
+  return call_boxed<at::_ops::_fw_primal>(keys, dual, index);
+}
+
+// Before a tensor gets a tangent, whose memory layout must match. Wrappers have no storage.
+bool have_same_storage_size(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& y) {
+  return forward_level() != nullptr || call_boxed<at::_ops::_has_same_storage_numel>(keys, x, y);
+}
+
+// Of a view before it has its tangent. Looking for that here would derive it from the base's.
+bool are_same_size(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& y) {
+  if (forward_level() != nullptr) return x.sym_sizes() == y.sym_sizes();
+  return call_boxed<at::_ops::is_same_size>(keys, x, y);
+}
+
+TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
+  static_assert(kFront == c10::DispatchKey::DeferredInit);
+  m.impl("_efficientzerotensor", torch::CppFunction::makeFromUnboxedFunction(&make_zero));
+  m.impl("_fw_primal", torch::CppFunction::makeFromUnboxedFunction(&primal));
+  m.impl("_has_same_storage_numel", torch::CppFunction::makeFromUnboxedFunction(&have_same_storage_size));
+  m.impl("is_same_size", torch::CppFunction::makeFromUnboxedFunction(&are_same_size));
+}
+
+}  // namespace
 
 bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level) {
   const auto& known = operators();

@@ -2,7 +2,8 @@
 //
 // PyTorch's forward-mode formulas make an "efficient zero tensor" for every argument without a tangent, and its
 // arithmetic walks through Python. At our level such a zero is a flag on a wrapper: products with it stay zero, sums
-// drop it, and any other operator gets real zeros.
+// drop it, and any other operator gets real zeros. What else the formulas ask around tangents, a primal without its
+// tangent or whether sizes are the same, is answered at the door.
 #pragma once
 
 #include "op_args.h"
@@ -10,10 +11,6 @@
 namespace functorch_lite {
 
 class Level;
-
-// Answers the call if it is one of those that the formulas make around tangents: a zero, a primal without its tangent,
-// a question about sizes or storage. Returns false if it has to run as usual.
-bool try_tangent_question(const c10::OperatorHandle& op, Stack& stack, Level& level);
 
 // Computes the call if it is simple arithmetic and an argument is a symbolic zero. Returns false otherwise.
 bool try_zero_arithmetic(const c10::OperatorHandle& op, Stack& stack, Level& level);

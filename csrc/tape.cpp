@@ -102,26 +102,6 @@ class TheseGenerators {
 };
 thread_local int64_t TheseGenerators::replays = 0;
 
-// Every place for a tensor in values[0..n), also an empty one.
-template <class Visit>
-void for_each_place(c10::IValue* values, size_t n, Visit&& visit) {
-  for (size_t i = 0; i < n; ++i) {
-    if (values[i].isTensor()) {
-      visit(values[i].toTensor());
-    } else if (values[i].isList() && holds_tensor_list(values[i])) {
-      for (const auto& element : values[i].toListRef()) visit(element.isTensor() ? element.toTensor() : at::Tensor());
-    }
-  }
-}
-
-// The results that are not arguments written in place.
-template <class Visit>
-void for_each_new_result(const c10::FunctionSchema& schema, c10::IValue* results, Visit&& visit) {
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (written_argument(schema, i) < 0) for_each_place(results + i, 1, visit);
-  }
-}
-
 bool writes_into(const c10::Argument& argument) {
   const auto* alias = argument.alias_info();
   // Batch norm updates its statistics in training, and not all of its schemas say so.
@@ -160,17 +140,8 @@ void Tape::run(const Step& step, Tensors& slots) {
     for (size_t i = 0; i < results.size(); ++i) slots[step.results[i]] = results[i];
     return;
   }
-  auto stack = step.arguments;
-  for (const auto& operand : step.operands) {
-    auto& argument = stack[operand.argument];
-    if (operand.element < 0) {
-      argument = slots[operand.slot];
-      continue;
-    }
-    // The list is the tape's until it has been copied.
-    if (argument.is(step.arguments[operand.argument])) argument = argument.toList().copy();
-    argument.toList().set(operand.element, slots[operand.slot]);
-  }
+  Stack stack;
+  push_arguments(stack, step.arguments, step.operands, slots);
   step.op->callBoxed(&stack);
   size_t i = 0;
   for_each_new_result(step.op->schema(), stack.data(),
@@ -251,7 +222,7 @@ at::Tensor TapeLevel::lift(const at::Tensor& argument) {
   return result;
 }
 
-Tape::Slot TapeLevel::slot_of(const at::Tensor& tensor) {
+Slot TapeLevel::slot_of(const at::Tensor& tensor) {
   if (const auto* wrapper = wrapper_at(tensor, this)) {
     TORCH_CHECK(wrapper->slot >= 0, "checkpoint: a tensor of shape ", tensor.sym_sizes(),
                 " that was made inside a nested checkpoint is used after it. Return it from the function.");
@@ -271,7 +242,7 @@ Tape::Slot TapeLevel::slot_of(const at::Tensor& tensor) {
 }
 
 void TapeLevel::save_before_write(const at::Tensor& target) {
-  const auto save = [&](Tape::Slot slot, at::Tensor& tensor) {
+  const auto save = [&](Slot slot, at::Tensor& tensor) {
     auto& written = tape_->written_;
     if (!have_one_storage(tensor, target) || std::find(written.begin(), written.end(), slot) != written.end()) return;
     written.push_back(slot);
@@ -316,22 +287,7 @@ Tape::Step TapeLevel::step_for(const c10::OperatorHandle& op, c10::IValue* argum
                   .results = {},
                   .last_used = {},
                   .modes = current_modes()};
-  for (size_t i = 0; i < n; ++i) {
-    auto& argument = step.arguments[i];
-    const bool is_list = !argument.isTensor();
-    if (is_list && holds_tensor_list(argument)) argument = argument.toList().copy();
-    int64_t element = 0;
-    for_each_place(arguments + i, 1, [&](const at::Tensor& tensor) {
-      const auto place = is_list ? element++ : -1;
-      if (!tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return;
-      step.operands.push_back({i, place, slot_of(tensor)});
-      if (is_list) {
-        argument.toList().set(place, at::Tensor());
-      } else {
-        argument = at::Tensor();
-      }
-    });
-  }
+  step.operands = take_operands(step.arguments, [&](const at::Tensor& tensor) { return slot_of(tensor); });
   return step;
 }
 

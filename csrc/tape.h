@@ -12,7 +12,7 @@
 #include <unordered_map>
 
 #include "level.h"
-#include "op_args.h"
+#include "recorded_call.h"
 
 namespace functorch_lite {
 
@@ -29,14 +29,6 @@ class Tape final : public c10::intrusive_ptr_target {
 
  private:
   friend class TapeLevel;
-  using Slot = int64_t;  // the number of a tensor on the tape
-
-  // Where an operator call has a tensor, in place of which the tape has a slot.
-  struct Operand {
-    size_t argument;
-    int64_t element;  // of a list, otherwise -1
-    Slot slot;
-  };
   // What the calls depended on beside their arguments. Autocast is on for the keys.
   struct Modes {
     AutogradModes autograd;
@@ -47,7 +39,7 @@ class Tape final : public c10::intrusive_ptr_target {
     std::optional<c10::OperatorHandle> op;
     Call call;
     Stack arguments;
-    std::vector<Operand> operands;
+    std::vector<SlotOperand> operands;
     std::vector<Slot> results;
     std::vector<Slot> last_used;
     Modes modes;
@@ -98,7 +90,7 @@ class TapeLevel final : public Level {
   void on_close() override;
 
  private:
-  Tape::Slot slot_of(const at::Tensor& tensor);
+  Slot slot_of(const at::Tensor& tensor);
   void keep_from_writes(const c10::OperatorHandle& op, const c10::IValue* arguments, bool differentiated);
   void save_before_write(const at::Tensor& target);
   void remember_generators(c10::ArrayRef<c10::IValue> arguments);
@@ -112,7 +104,7 @@ class TapeLevel final : public Level {
   // Number of tapes that are being recorded further in: their results are recorded here as one step each.
   int64_t paused_ = 0;
   // Tensors from outside, by identity; the tape holds them, or this list where it has a copy.
-  std::unordered_map<const c10::TensorImpl*, Tape::Slot> seen_;
+  std::unordered_map<const c10::TensorImpl*, Slot> seen_;
   Tensors from_outside_;
   bool autocast_cache_;
   std::vector<bool> recorded_around_;

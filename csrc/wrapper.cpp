@@ -9,12 +9,24 @@
 #include "vmap_level.h"
 
 namespace functorch_lite {
+namespace {
+
+// The constructor for tensors without storage makes a version counter, which this one leaves out: wrappers have that of
+// their value. It takes the device from the storage, and Wrapper's sets it again.
+c10::Storage no_memory() {
+  static const auto* none =
+      new c10::Storage(c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, c10::kCPU), nullptr, false);
+  return *none;
+}
+
+}  // namespace
 
 Wrapper::Wrapper(at::Tensor value, LevelPtr level, int64_t bdim)
-    : TensorImpl(c10::DispatchKeySet(kFront), value.dtype(), value.device()),
+    : TensorImpl(VIEW, no_memory(), c10::DispatchKeySet(kFront), value.dtype()),
       value_(std::move(value)),
       level_(std::move(level)),
       bdim_(bdim) {
+  device_opt_ = value_.device();
   copy_keys_from_value();
   auto* impl = value_.unsafeGetTensorImpl();
   // Under inference mode the constructor made an inference tensor, which autograd refuses: the keys above undo it.

@@ -81,6 +81,19 @@ inline Wrapper* as_wrapper(const c10::TensorImpl* impl) {
   return const_cast<Wrapper*>(static_cast<const Wrapper*>(impl));
 }
 inline Wrapper* as_wrapper(const at::TensorBase& tensor) { return as_wrapper(tensor.unsafeGetTensorImpl()); }
+// Whether the tensor is what PyTorch's kernels compute with.
+inline bool is_plain(const at::TensorBase& tensor) {
+  constexpr auto wrapper_like = c10::DispatchKeySet({kFront, c10::DispatchKey::Python});
+  return !tensor.key_set().has_any(wrapper_like);
+}
+// Whether plain autograd has nothing to do with the tensor as an argument: with operators on such values, RunBelow may
+// pass it.
+inline bool passes_autograd(const at::TensorBase& tensor) {
+  return is_plain(tensor) && tensor.unsafeGetTensorImpl()->autograd_meta() == nullptr;
+}
+// Whether dispatch modes, as of tracing, see each call.
+inline bool a_mode_is_on() { return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python); }
+
 // The wrapper if it belongs to `level`, or null.
 inline Wrapper* wrapper_at(const at::TensorBase& tensor, const Level* level) {
   auto* wrapper = as_wrapper(tensor);

@@ -47,6 +47,17 @@ inline std::optional<c10::OperatorHandle> view_form(const c10::OperatorHandle& o
   return is_view ? view : std::nullopt;
 }
 
+// How to run an operator, or a rule made of operators, one level below `level` on the values of these arguments.
+inline BelowKeys keys_below(const Level& level, const c10::IValue* arguments, size_t n) {
+  if (level.parent() != nullptr || a_mode_is_on()) return BelowKeys::kOuter;
+  bool passes = true;
+  for_each_tensor(arguments, n, [&](const at::Tensor& tensor) {
+    const auto* wrapper = wrapper_at(tensor, &level);
+    passes = passes && passes_autograd(wrapper != nullptr ? wrapper->value() : tensor);
+  });
+  return passes ? BelowKeys::kPastAutograd : BelowKeys::kOuter;
+}
+
 // Runs an operator on the values of the wrappers of `level`, which must not be the innermost one any more. The wrappers
 // that it writes into are still to be brought up to date.
 inline void call_on_values(const c10::OperatorHandle& op, Stack& stack, const Level& level) {

@@ -8,6 +8,7 @@ from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
 from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
 from functorch_lite._functionalize import functionalize
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
+from functorch_lite._jit import eval_shape, jit, load, trace
 from functorch_lite._jvp import jvp
 from functorch_lite._linear import linear_transpose, linearize
 from functorch_lite._memory_budget import memory_budget
@@ -21,6 +22,7 @@ __all__ = [
     "LoopFallbackWarning",
     "custom_jvp",
     "custom_vjp",
+    "eval_shape",
     "functional_call",
     "functionalize",
     "gnvp",
@@ -31,14 +33,17 @@ __all__ = [
     "jacfwd",
     "jacobian",
     "jacrev",
+    "jit",
     "jvp",
     "level_depth",
     "linear_transpose",
     "linearize",
+    "load",
     "make_fx",
     "memory_budget",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
+    "trace",
     "value_and_grad",
     "value_and_jacobian",
     "vhp",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch.utils._pytree as pytree
@@ -203,6 +204,30 @@ def check_callable(transform: str, func: Any) -> None:
     """Require a function."""
     if not callable(func):
         refuse_type(f"{transform}: expected a function as first argument, got {type(func).__name__}.")
+
+
+def compiler_of(called: str, backend: Any, named: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The compiler that is given, or named."""
+    if callable(backend):
+        compiler: Callable[..., Any] = backend
+        return compiler
+    if backend not in named:
+        raise ValueError(
+            f"{called}: got backend={backend!r}, expected {', '.join(map(repr, named))} or a compiler of graphs; pass "
+            f"one of these."
+        )
+    return named[backend]
+
+
+def warn_of_many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> None:
+    """Warn: compiling takes longer than it saves."""
+    what = "" if changed is None else f" The last time {changed[0]} was {changed[2]} and before that {changed[1]}."
+    sizes = "" if dynamic else " For changing sizes, use jit(..., dynamic=True)."
+    warnings.warn(
+        f"jit: {name} was compiled {count} times, for arguments that differ from each other.{what} For changing "
+        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}",
+        stacklevel=2,
+    )
 
 
 def check_module(called: str, module: Any) -> None:

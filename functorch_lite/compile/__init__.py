@@ -18,6 +18,7 @@ from functorch_lite.compile._inductor import inductor
 from functorch_lite.compile._minifier import minifier
 from functorch_lite.compile._partition import default_partition, min_cut_rematerialization_partition
 from functorch_lite.compile._partition_report import partition_report
+from functorch_lite.compile._replay import replay
 from functorch_lite.compile._user import aot_function, aot_module, aot_module_simplified
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "num_of_recompilations",
     "partition_report",
     "print_compile",
+    "replay",
     "ts_compile",
 ]

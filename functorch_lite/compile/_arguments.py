@@ -174,12 +174,12 @@ def _static_key(static: Any) -> Any:
 def names(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """A name for each leaf of the arguments, after the parameters of the user's function."""
     result = []
-    for name, arg in [*zip(_positional_names(function, len(args)), args, strict=True), *kwargs.items()]:
+    for name, arg in [*zip(positional_names(function, len(args)), args, strict=True), *kwargs.items()]:
         result += [identifier(f"{name}{pytree.keystr(path)}") for path, _ in pytree.tree_flatten_with_path(arg)[0]]
     return result
 
 
-def _positional_names(function: Callable[..., Any], count: int) -> list[str]:
+def positional_names(function: Callable[..., Any], count: int) -> list[str]:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):

@@ -219,6 +219,31 @@ def refuse_generator() -> NoReturn:
     )
 
 
+def refuse_kept_tensors(count: int) -> NoReturn:
+    """Raise: Python objects outside hold what was traced."""
+    raise NotImplementedError(
+        f"compile: the function keeps {count} of the tensors that it makes (in an attribute, a list, a closure), as an "
+        f"optimizer does in its first step. A compiled function would not make them again in each call. Return them, "
+        f"write into tensors that are there before, or call the function once without compiling it, so that they are."
+    )
+
+
+def refuse_subclass(caller: str) -> NoReturn:
+    """Raise: a graph takes or returns plain tensors."""
+    raise NotImplementedError(
+        f"{caller}: got a function that takes or returns a tensor subclass, and a graph is made of plain tensors. Pass "
+        f"the tensors that it is made of, or use functorch_lite.compile.aot_function."
+    )
+
+
+def refuse_written_view(caller: str) -> NoReturn:
+    """Raise: a graph by itself cannot write so."""
+    raise NotImplementedError(
+        f"{caller}: got a function that changes the shape of an argument in place, or writes arguments that share "
+        f"memory, which a graph by itself cannot do. Return the new tensor instead, or use functorch_lite.jit."
+    )
+
+
 def refuse_set(name: str) -> NoReturn:
     """Raise: an argument gets another memory."""
     raise NotImplementedError(

@@ -8,11 +8,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from functorch_lite import _C
-from functorch_lite.compile import _arguments, _bases, _levels, _trace
+from functorch_lite.compile import _arguments, _bases, _checks, _levels, _trace
 from functorch_lite.compile._arguments import Arguments
 from functorch_lite.compile._run import Input
 from functorch_lite.compile._specialization import Options, Specialization
@@ -20,6 +22,8 @@ from functorch_lite.compile._subclasses import is_subclass
 
 #: From leaves and their structure to leaves and the structure of the output.
 LeavesFunction = Callable[[list[Any], Any], tuple[list[Any], Any]]
+#: Of the leaves of the arguments.
+Names = Callable[[], list[str]]
 
 _all: weakref.WeakSet[CompiledLeaves] = weakref.WeakSet()
 _compilations = 0
@@ -70,6 +74,10 @@ class CompiledLeaves:
     def __init__(self, function: LeavesFunction, options: Options, static_inputs: int = 0) -> None:
         self.function, self.options, self._static_inputs = function, options, static_inputs
         self._entries: dict[Any, list[_Entry]] = {}
+        #: Told of each graph, with the names and leaves of the arguments.
+        self.on_compile: Callable[[Sequence[str], Sequence[Any]], None] | None = None
+        #: Finds entries without Python where that is simple.
+        self._shortcuts = _C.CallCache()
         #: The function under transforms, by the transform.
         self.derived: dict[Hashable, CompiledLeaves] = {}
         _all.add(self)
@@ -77,9 +85,10 @@ class CompiledLeaves:
     def clear(self) -> None:
         """Forget all graphs."""
         self._entries.clear()
+        self._shortcuts.clear()
         self.derived.clear()
 
-    def call(self, leaves: list[Any], structure: Any, names: Callable[[], list[str]]) -> tuple[list[Any], Any]:
+    def call(self, leaves: list[Any], structure: Any, names: Names) -> tuple[list[Any], Any]:
         """The leaves of the output and their structure, at the innermost level."""
         if _is_traced():
             return self.function(leaves, structure)
@@ -90,7 +99,21 @@ class CompiledLeaves:
         entry.compile()
         return entry.run(arguments.tensors), entry.structure
 
-    def find(self, arguments: Arguments, structure: Any, names: Callable[[], list[str]]) -> _Entry:
+    def call_with(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> Any:
+        """The output, for arguments that have been flattened by `torch.utils._pytree`."""
+        output = self._shortcuts.call(args, kwargs)
+        if output is not ...:
+            return output
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        output = pytree.tree_unflatten(*self.call(leaves, structure, names))
+        if not _is_traced() and _C.current_level() is None:
+            arguments = Arguments(leaves)
+            entry = self.find(arguments, structure, names)
+            if (shortcut := entry.shortcut(arguments.tensors)) is not None:
+                self._shortcuts.add(args, kwargs, *shortcut)
+        return output
+
+    def find(self, arguments: Arguments, structure: Any, names: Names) -> _Entry:
         """The graph for certain arguments, which is made if there is none."""
         try:
             key = (structure, arguments.key(lambda i, tensor: self._describe(arguments, i, tensor)))
@@ -106,6 +129,8 @@ class CompiledLeaves:
             entry = _valid(entries, arguments.tensors)  # of another thread
             if entry is None:
                 _compilations += 1
+                if self.on_compile is not None:
+                    self.on_compile(names(), arguments.filled(arguments.tensors))
                 entry = _Entry(self, arguments, structure, names())
                 entries.append(entry)
             return entry
@@ -160,6 +185,10 @@ class _Entry:
             trace = traced(self._bases)
         arguments.check_generators(trace.generators())
         self._captured = [(tensor, _captured_key(tensor)) for tensor in trace.captured]
+        self._same_tensors = trace.found_elsewhere
+        self._writes = bool(trace.writes)
+        if self._writes and self._shares_captured(arguments.tensors):
+            _checks.refuse_shared_memory()
         self._training = [(module, module.training) for module in trace.modules.seen]
         self._owners = [
             (members, name, tensor)
@@ -188,10 +217,33 @@ class _Entry:
         """Whether the graph is right for these, of which the key is that of the entry."""
         return (
             all(_captured_key(tensor) == key for tensor, key in self._captured)
+            and self._finds_the_same(tensors)
             and all(module.training == training for module, training in self._training)
             and all(members.get(name) is tensor for members, name, tensor in self._owners)
             and (self._guards is None or self._guards([tensors[i] for i in self._dynamic]))
         )
+
+    def _finds_the_same(self, tensors: list[Tensor]) -> bool:
+        """Whether arguments and captured tensors are the same ones, and share memory, where they did in the trace."""
+        if self._same_tensors:
+            given = tensors if self._bases is None else self._bases.tensors(tensors)
+            if any(given[i] is not tensor for i, tensor in self._same_tensors.items()):
+                return False
+        return not (self._writes and self._shares_captured(tensors))
+
+    def _shares_captured(self, tensors: list[Tensor]) -> bool:
+        memories = {_memory(tensor) for tensor, _ in self._captured}
+        return not memories.isdisjoint(map(_memory, tensors))
+
+    def shortcut(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+        """What `_C.CallCache` has to know about calls with tensors like these. None if Python has to do them."""
+        if self._bases is not None or self._same_tensors:
+            return None
+        found = self.specialization.shortcut(tensors)
+        if found is None:
+            return None
+        structure = _template(self.structure)
+        return found.compute, found.captured, found.writes, found.outputs, structure, self._training, self._owners
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
@@ -203,6 +255,22 @@ class _Entry:
 
 def _valid(entries: list[_Entry], tensors: list[Tensor]) -> _Entry | None:
     return next((entry for entry in entries if entry.is_valid(tensors)), None)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Something that is equal for tensors of one storage."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided and not is_subclass(tensor) else id(tensor)
+
+
+def _template(structure: pytree.TreeSpec) -> Any:
+    """The structure with the numbers of its leaves; or, where it is not made of Python's containers, a function."""
+
+    def is_plain(spec: pytree.TreeSpec) -> bool:
+        return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(is_plain, spec.children())))
+
+    if is_plain(structure):
+        return pytree.tree_unflatten(range(structure.num_leaves), structure)
+    return lambda leaves: pytree.tree_unflatten(leaves, structure)
 
 
 def _captured_key(tensor: Any) -> Any:

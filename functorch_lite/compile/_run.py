@@ -59,6 +59,7 @@ class Run:
         self.variables: list[Tensor] = []
         self.arguments: list[Tensor] = []  # as the function sees them
         self.leaves: list[Any] = []  # of the output
+        self.found_elsewhere: dict[int, Tensor] = {}
 
     def forward(self, values: Sequence[Tensor]) -> None:
         """Call the function, with tensors one level down."""
@@ -100,8 +101,9 @@ class Run:
 
     def _capture(self, tensor: Tensor) -> Tensor:
         """What takes the place of a tensor from outside, which is an input."""
-        for one, argument in zip(self.inputs, self.arguments, strict=False):
+        for i, (one, argument) in enumerate(zip(self.inputs, self.arguments, strict=False)):
             if one.tensor is tensor:
+                self.found_elsewhere[i] = tensor
                 return argument
         return self.new_input(tensor)
 

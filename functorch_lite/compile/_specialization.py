@@ -16,6 +16,7 @@ from functorch_lite.compile import _nodes, _passes, _random
 from functorch_lite.compile._annotations import SourceKeeper
 from functorch_lite.compile._backends import Compiler, make_boxed_func
 from functorch_lite.compile._effects import Constant, SameAsInput, Value, View
+from functorch_lite.compile._replay import Replay
 from functorch_lite.compile._subclasses import Packing, is_subclass, plain_tensors
 from functorch_lite.compile._trace import Decompositions, Trace
 
@@ -63,6 +64,18 @@ class GraphFunction:
 
         graph = SourceKeeper(self._module)
         return CompiledLeaves(lambda leaves, _: (list(graph.run(*leaves)), None), self._options)
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What is left of a call of a graph where nothing is differentiated and no output is a view of another tensor."""
+
+    compute: Callable[[list[Any]], Any] | _C.Program
+    captured: list[Tensor]
+    #: Numbers of an input and of the result that is its new contents.
+    writes: list[tuple[int, int]]
+    #: The number of a result, or of an input, or a constant; the others are None.
+    outputs: list[tuple[int | None, int | None, Any]]
 
 
 class Specialization:
@@ -168,6 +181,36 @@ class Specialization:
             if output.of_input and output.base in shapes:
                 base = base.as_strided(*shapes[output.base])
         return output.views(base, results, output.differentiated)
+
+    def shortcut(self, tensors: Sequence[Tensor]) -> Shortcut | None:
+        """How to call the graph for inputs like these, outside of all levels. None if there is more to do."""
+        trace = self.trace
+        parts = [*trace.fakes, *trace.results]
+        if self.is_differentiated or any(is_subclass(x) for x in parts if isinstance(x, Tensor)):
+            return None
+        if any(write.shape is not None or write.differentiated for write in trace.writes):
+            return None
+        compute: Any = self._forward.compile()
+        places: Any = range(len(trace.results))
+        others: Any = [None] * len(trace.results)
+        if isinstance(compute, Replay):
+            recording = compute.recording([*tensors, *trace.captured])
+            if recording is None:
+                return None
+            compute, places, others = recording.program, recording.places, recording.others
+        outputs: list[tuple[int | None, int | None, Any]] = []
+        for output in trace.outputs:
+            if isinstance(output, Value):
+                place = places[output.result]
+                outputs.append((place, None, others[output.result]))
+            elif isinstance(output, SameAsInput):
+                outputs.append((None, output.input, None))
+            elif isinstance(output, Constant):
+                outputs.append((None, None, output.value))
+            else:
+                return None
+        writes = [(write.input, places[write.result]) for write in trace.writes if write.result is not None]
+        return Shortcut(compute, trace.captured, writes, outputs)
 
     def forward(self, level: _C.AutodiffLevel | None, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Forward results as constants of the level, and saved tensors and integers, one level down."""

@@ -8,6 +8,7 @@ used that are no arguments. Those become inputs, too.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -68,6 +69,8 @@ class Trace:
     #: The modules that the function has called.
     modules: ModuleStack
     shape_env: ShapeEnv
+    #: Arguments that the function also found elsewhere, by their numbers.
+    found_elsewhere: dict[int, Tensor]
 
     @functools.cached_property
     def packed_inputs(self) -> Packing:
@@ -148,7 +151,14 @@ def _traced(
         plain = Packing(run.fakes).flatten(run.fakes)
         with explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
-    return run.finished(module)
+    trace = run.finished(module)
+    run.let_go()
+    # One belongs to the level itself. Cycles may hold others that nobody can reach.
+    if run.level.tensors_alive > 1:
+        gc.collect()
+    if run.level.tensors_alive > 1:
+        _checks.refuse_kept_tensors(run.level.tensors_alive - 1)
+    return trace
 
 
 class CapturedWrapperError(Exception):
@@ -381,6 +391,11 @@ class _TracedRun(Run):
         self._remember_views(view.views, leaf, root)
         return view
 
+    def let_go(self) -> None:
+        """Let go of the tensors of this run."""
+        for tensors in (self.variables, self.arguments, self.leaves, self.results, self.histories, self.views):
+            tensors.clear()
+
     def finished(self, module: fx.GraphModule) -> Trace:
         """Put placeholders in order and views into graphs of their own."""
         self._name_placeholders(module.graph)
@@ -416,6 +431,7 @@ class _TracedRun(Run):
             self.writes,
             self.modules,
             self.shape_env,
+            {i: tensor for i, tensor in self.found_elsewhere.items() if i < self.arguments_given},
         )
 
     def _name_placeholders(self, graph: fx.Graph) -> None:

@@ -76,33 +76,38 @@ def aot_function(
         (tensor([1., 1., 1.]),)
     """
     _checks.check_callable("aot_function", fn)
-    options = _options(
+    options = options_of(
         "aot_function", fw_compiler, bw_compiler, partition_fn, decompositions, inference_compiler, dynamic
     )
+
+    compiled = compiled_function(fn, options, num_params_buffers)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled.call_with(args, kwargs, lambda: _arguments.names(fn, args, kwargs))
+
+    return functools.update_wrapper(call, fn)
+
+
+def compiled_function(fn: Callable[..., Any], options: Options, static_inputs: int = 0) -> CompiledLeaves:
+    """A function of pytrees as one of leaves, with the cache of its graphs."""
 
     def of_leaves(leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         return pytree.tree_flatten(fn(*args, **kwargs))
 
-    compiled = CompiledLeaves(of_leaves, options, num_params_buffers)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        outputs, out_structure = compiled.call(leaves, structure, lambda: _arguments.names(fn, args, kwargs))
-        return pytree.tree_unflatten(outputs, out_structure)
-
-    return functools.update_wrapper(call, fn)
+    return CompiledLeaves(of_leaves, options, static_inputs)
 
 
-def _options(
+def options_of(
     caller: str,
     forward: Compiler,
-    backward: Compiler | None,
-    partition: Partition,
-    decompositions: Decompositions | None,
-    inference: Compiler | None,
-    dynamic: bool,
+    backward: Compiler | None = None,
+    partition: Partition = default_partition,
+    decompositions: Decompositions | None = None,
+    inference: Compiler | None = None,
+    dynamic: bool = False,
 ) -> Options:
+    """How graphs are made; what is left out is as for `aot_function`."""
     for compiler in (forward, backward, inference, partition):
         if compiler is not None:
             _checks.check_callable(caller, compiler)
@@ -233,7 +238,8 @@ def aot_module(
     """
     _checks.check_module("aot_module", mod)
     return _CompiledModule(
-        mod, _options("aot_module", fw_compiler, bw_compiler, partition_fn, decompositions, inference_compiler, dynamic)
+        mod,
+        options_of("aot_module", fw_compiler, bw_compiler, partition_fn, decompositions, inference_compiler, dynamic),
     )
 
 
@@ -275,7 +281,7 @@ def aot_module_simplified(
     _checks.check_module("aot_module_simplified", mod)
     compiled = _CompiledModule(
         mod,
-        _options(
+        options_of(
             "aot_module_simplified", fw_compiler, bw_compiler, partition_fn, decompositions, inference_compiler, False
         ),
     )
