@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from functorch_lite._functionalize import functionalize
-from functorch_lite.compile import _checks, _nodes
+from functorch_lite.compile import _checks, _folding, _nodes
 
 _twins = torch.library.Library("functorch_lite_random", "DEF")
 
@@ -35,10 +35,17 @@ def _twin(operator: OpOverload) -> OpOverload:
 class _Lowering(fx.Interpreter):
     """Runs a graph with twins for its random operators, and returns also what these drew for nobody.
 
-    Inductor would leave such draws out, and the next ones would be others than those of the graph.
+    Inductor would leave such draws out, and the next ones would be others than those of the graph. Products with
+    identity matrices are left out.
     """
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._products = _folding.products_with_identities(module.graph)
+
     def run_node(self, n: fx.Node) -> Any:
+        if n in self._products:
+            return self._products[n](*self.fetch_args_kwargs_from_env(n)[0])
         if _nodes.is_random(n) and n.target.namespace == "aten" and not n.target._schema.is_mutable:  # type: ignore[union-attr]
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return _twin(n.target)(*args, **kwargs)  # type: ignore[arg-type]
@@ -66,17 +73,30 @@ def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Fak
         return mode, pytree.tree_map_only(torch.Tensor, fake, inputs)
 
 
+def _devices(gm: fx.GraphModule) -> set[str]:
+    """The types of devices that the graph has tensors on."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
+    return {value.device.type for value in values if isinstance(value, torch.Tensor)}
+
+
 def _check_cpp_compiler(gm: fx.GraphModule) -> None:
     """Require a C++ compiler if there is something to compile for the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
-    if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values):
+    if "cpu" in _devices(gm):
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
             _checks.refuse_missing_cpp_compiler(error)
+
+
+def _calls_from_cpp(gm: fx.GraphModule) -> bool:
+    """Whether Inductor can write the calls of kernels in C++: one file to compile, and no Python between kernels."""
+    targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+    return _devices(gm) == {"cpu"} and all(
+        not isinstance(target, OpOverload) or target.namespace in ("aten", "prims") for target in targets
+    )
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -110,15 +130,16 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
 
     num_outputs = len(_checks.flat_outputs("inductor", gm.graph.output_node().args[0]))
     mode, inputs = _fake_inputs(gm, example_inputs)
-    with config.patch(fallback_random=True), torch.no_grad():
+    lowering = _Lowering(gm)
+    with config.patch(fallback_random=True, size_asserts=False), torch.no_grad():
         with mode, mock.patch.object(mode, "allow_non_fake_inputs", True):
             # Inductor has few kernels that write in place, and calls PyTorch's for the others.
-            functional = functionalize(_Lowering(gm).run)
+            functional = functionalize(lowering.run)
             lowered = make_fx(functional, decomposition_table=select_decomp_table())(*inputs)
         _check_cpp_compiler(lowered)
         # What is saved for the backward pass is read with the strides of the graph, too.
         lowered.graph.output_node().meta["user_visible_output_idxs"] = list(range(num_outputs))
-        compiled = compile_fx_inner(lowered, inputs, layout_opt=False)
+        compiled = compile_fx_inner(lowered, inputs, layout_opt=False, cpp_wrapper=_calls_from_cpp(lowered))
 
     def run(args: list[Any]) -> list[Any]:
         return list(compiled(args)[:num_outputs])
