@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -221,14 +220,13 @@ def compiler_of(called: str, backend: Any, named: Mapping[str, Callable[..., Any
     return named[backend]
 
 
-def warn_of_many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> None:
-    """Warn: compiling takes longer than it saves."""
+def many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> str:
+    """A warning: compiling takes longer than it saves."""
     what = "" if changed is None else f" The last time {changed[0]} was {changed[2]} and before that {changed[1]}."
     sizes = "" if dynamic else " For changing sizes, use jit(..., dynamic=True)."
-    warnings.warn(
+    return (
         f"jit: {name} was compiled {count} times, for arguments that differ from each other.{what} For changing "
-        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}",
-        stacklevel=2,
+        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}"
     )
 
 

@@ -202,9 +202,7 @@ def _argument_paths(args: tuple[Any, ...]) -> list[str]:
     return [f"argument {i}{path}" for i, arg in enumerate(args) for path in _tree.paths(arg)]
 
 
-def _flat_in_dims(
-    func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], leaves: list[Any]
-) -> list[int | None]:
+def _flat_in_dims(func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
     if _tree.is_dim(in_dims):
         return [in_dims] * len(leaves)
     # A list works as a tuple does, for the arguments are a tuple.

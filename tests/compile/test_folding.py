@@ -45,7 +45,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("f, x", IDENTITIES.values(), ids=IDENTITIES)
+@pytest.mark.parametrize(("f", "x"), IDENTITIES.values(), ids=IDENTITIES)
 def test_finds_identities(f, x):
     graph = make_fx(f)(x).graph
     products = products_with_identities(graph)
@@ -59,7 +59,7 @@ def test_finds_identities(f, x):
     assert_close(product(*factors), f(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("f, x", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(("f", "x"), OTHERS.values(), ids=OTHERS)
 def test_leaves_others(f, x):
     assert found(f, x) == 0
 
