@@ -76,7 +76,7 @@ def five_tensors() -> Function:
 
 
 def five_arguments() -> tuple[torch.Tensor, ...]:
-    return tuple(torch.randn(5, 4))
+    return tuple(torch.randn(4) for _ in range(5))
 
 
 def overhead_builders() -> dict[str, Callable[[], Function]]:
