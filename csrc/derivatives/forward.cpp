@@ -50,7 +50,8 @@ struct Call {
   bool has(size_t i) const { return tangents[i].defined(); }
 };
 
-// The tangent of the result: a new tensor, which may be broadcast to it.
+// The tangent of the result: a new tensor, which may be broadcast to it. Tangents of a Jacobian are batched where the
+// values are not, so that values are multiplied first.
 using Tangent = Tensor (*)(const Call& call);
 
 Tensor whole(Tensor tangent, const Tensor& y) {
@@ -106,7 +107,9 @@ Tensor product_rule(const Call& c, size_t a, size_t b, Product product) {
   return plus(c.has(a) ? product(c.t(a), c.x(b)) : Tensor(), c.has(b) ? product(c.x(a), c.t(b)) : Tensor());
 }
 Tensor mul(const Call& c) {
-  return product_rule(c, 0, 1, [](auto& a, auto& b) { return a * b; });
+  if (!c.has(0)) return c.x(0) * c.t(1);
+  const auto moved = c.t(0) * c.x(1);
+  return c.has(1) ? moved.addcmul(c.x(0), c.t(1)) : moved;
 }
 Tensor mm(const Call& c) {
   return product_rule(c, 0, 1, [](auto& a, auto& b) { return at::mm(a, b); });
@@ -205,7 +208,7 @@ Tensor logit(const Call& c) {
   const auto eps = c.arguments[1].toOptional<double>();
   const auto inside = (x >= eps.value_or(0)).logical_and(x <= 1 - eps.value_or(0));
   const double outside = eps.has_value() ? 0 : std::numeric_limits<double>::quiet_NaN();
-  return at::where(inside, c.t(0) / (x * (1 - x)), outside);
+  return c.t(0) * at::where(inside, 1 / (x * (1 - x)), outside);
 }
 Tensor pow_of_number(const Call& c) {
   const auto exponent = c.number(1);
@@ -244,43 +247,45 @@ Tensor threshold_backward(const Call& c) {
   return c.has(0) ? at::threshold_backward(c.t(0), c.x(1), c.number(2)) : at::zeros_like(c.y);
 }
 Tensor conj(const Tensor& x) { return x.is_complex() ? x.conj() : x; }
+// The part of the cotangent, and t times the derivative by the other argument.
+Tensor backward_kernel(const Tensor& by_cotangent, const Tensor& t, const Tensor& slope) {
+  return by_cotangent.defined() ? by_cotangent.addcmul(t, slope) : t * slope;
+}
 Tensor tanh_backward(const Call& c) {
   const auto& y = c.x(1);
-  return plus(c.has(0) ? at::tanh_backward(c.t(0), y) : Tensor(),
-              c.has(1) ? c.x(0) * (conj(y) * (conj(c.t(1)) * -2)) : Tensor());
+  const auto by_cotangent = c.has(0) ? at::tanh_backward(c.t(0), y) : Tensor();
+  return c.has(1) ? backward_kernel(by_cotangent, conj(c.t(1)), c.x(0) * conj(y) * -2) : by_cotangent;
 }
 Tensor sigmoid_backward(const Call& c) {
   const auto& y = c.x(1);
-  return plus(c.has(0) ? at::sigmoid_backward(c.t(0), y) : Tensor(),
-              c.has(1) ? c.x(0) * ((1 - conj(y) * 2) * conj(c.t(1))) : Tensor());
+  const auto by_cotangent = c.has(0) ? at::sigmoid_backward(c.t(0), y) : Tensor();
+  return c.has(1) ? backward_kernel(by_cotangent, conj(c.t(1)), c.x(0) * (1 - conj(y) * 2)) : by_cotangent;
 }
 Tensor softplus_backward(const Call& c) {
   const auto beta = c.number(2);
   const auto by_cotangent = c.has(0) ? at::softplus_backward(c.t(0), c.x(1), beta, c.number(3)) : Tensor();
   if (!c.has(1)) return by_cotangent;
   const auto z = c.x(1) * beta;
-  const auto curved = at::where(z > c.number(3), 0, at::sigmoid_backward(c.t(1) * beta, z.sigmoid()));
-  return plus(by_cotangent, c.x(0) * curved);
+  const auto s = z.sigmoid();
+  return backward_kernel(by_cotangent, c.t(1), at::where(z > c.number(3), 0, c.x(0) * (s * (1 - s) * beta)));
 }
 
 // Functions of two arguments.
 
 // Tangents of the arguments where they are chosen, and half of each where both are equal.
 Tensor choose(const Call& c, const Tensor& first_lost, const Tensor& second_lost) {
-  const auto equal = c.x(0) == c.x(1);
-  const auto part = [&](size_t i, const Tensor& lost) {
-    return c.has(i) ? at::where(lost, 0, at::where(equal, c.t(i) / 2, c.t(i))) : Tensor();
+  const auto part = [&](size_t i, const Tensor& lost, const Tensor& won) {
+    if (!c.has(i)) return Tensor();
+    return c.t(i) * at::where(lost, 0, at::where(won, 1, 0.5)).to(c.t(i).scalar_type());
   };
-  return plus(part(0, first_lost), part(1, second_lost));
+  return plus(part(0, first_lost, second_lost), part(1, second_lost, first_lost));
 }
 Tensor maximum(const Call& c) { return choose(c, c.x(0) < c.x(1), c.x(0) > c.x(1)); }
 Tensor minimum(const Call& c) { return choose(c, c.x(0) > c.x(1), c.x(0) < c.x(1)); }
 
 Tensor atan2(const Call& c) {
-  const auto& y = c.x(0);
-  const auto& x = c.x(1);
-  const auto moved = plus(c.has(0) ? c.t(0) * x : Tensor(), c.has(1) ? c.t(1) * -y : Tensor());
-  return moved / (y * y + x * x);
+  const auto square = c.x(0) * c.x(0) + c.x(1) * c.x(1);
+  return plus(c.has(0) ? c.t(0) * (c.x(1) / square) : Tensor(), c.has(1) ? c.t(1) * (-c.x(0) / square) : Tensor());
 }
 
 }  // namespace tangent
