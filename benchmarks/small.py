@@ -96,7 +96,12 @@ def timed_workloads(turns: int, only: str) -> dict[str, Times]:
             return lambda: function(*arguments)
 
         ours = workload.build(fl)
-        runs = {"by hand": workload.by_hand, "ours": ours, "torch.func": workload.build(torch.func), "jit": fl.jit(ours)}
+        runs = {
+            "by hand": workload.by_hand,
+            "ours": ours,
+            "torch.func": workload.build(torch.func),
+            "jit": fl.jit(ours),
+        }
         result[workload.name] = in_turns({name: run(function) for name, function in runs.items()}, turns)
     return result
 
