@@ -432,3 +432,13 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
         f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
         f"the function is computed again. Pass a clone."
     )
+
+
+# torch.compile.
+
+
+def escaped_linear_map() -> str:
+    return (
+        "vjp, linearize: what they return refers to a level of the compiled function and cannot leave it. Call it inside, "
+        "and return what it returns."
+    )
