@@ -434,11 +434,46 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
     )
 
 
+def no_dependence(transform: str, func: object, path: str) -> str:
+    return (
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
+        f"for a tangent of zeros."
+    )
+
+
 # torch.compile.
 
 
-def escaped_linear_map() -> str:
+def compiled_escape(what: str) -> str:
     return (
-        "vjp, linearize: what they return refers to a level of the compiled function and cannot leave it. Call it inside, "
-        "and return what it returns."
+        f"{what}: what it returned refers to a level of the compiled function and cannot be passed in or out. Call "
+        f"{what}, and what it returns, in one compiled function."
+    )
+
+
+def compiled_chunks() -> str:
+    return (
+        "vmap: got chunk_size and a randomness other than 'error' in a compiled function, where chunks cannot share one "
+        "stream of random numbers. Leave out chunk_size, or call this vmap outside torch.compile."
+    )
+
+
+def compiled_auto_chunks() -> str:
+    return (
+        "chunk_size='auto' measures memory, which a compiled function cannot. Pass a number, or call this transform "
+        "outside torch.compile."
+    )
+
+
+def compiled_custom(name: str) -> str:
+    return (
+        f"{name}: got a function that was made inside the compiled function, or arguments other than tensors, numbers, "
+        f"strings, and tuples, lists and dictionaries of them. Define it, and its rule, outside torch.compile."
+    )
+
+
+def compiled_capture(name: str) -> str:
+    return (
+        f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as an "
+        f"argument."
     )

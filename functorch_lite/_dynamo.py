@@ -9,7 +9,9 @@ AOTAutograd with its tracers or a backend that runs it as it is, runs the levels
 
 from __future__ import annotations
 
+import functools
 import operator
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -45,7 +47,7 @@ class _Opaque(VariableTracker):
         unimplemented(
             gb_type="A level of functorch_lite leaves the graph",
             context="",
-            explanation=_checks.escaped_linear_map(),
+            explanation=_checks.compiled_escape("vjp_fn"),
             hints=[],
         )
 
@@ -156,11 +158,21 @@ def _value_of(level: _C.AutodiffLevel, result: Tensor) -> Tensor:
 
 
 @_in_graph(_same)
-def _tangent_of(level: _C.AutodiffLevel, result: Tensor, strict: str | None) -> Tensor:
-    tangent = level.tangent_of(result)
-    if tangent is None and strict is not None:
-        raise ValueError(strict)
-    return torch.zeros_like(level.value_of(result)) if tangent is None else tangent
+def _tangent_of(level: _C.AutodiffLevel, result: Tensor) -> Tensor | None:
+    return level.tangent_of(result)
+
+
+@_in_graph(lambda tangent, _: _same(_, tangent))
+def _zeros_if_none(tangent: Tensor | None, value: Tensor) -> Tensor:
+    return _jvp._zeros_if_none(tangent, value)
+
+
+@_in_graph(lambda tangent, _: _same(_, tangent))
+@has_side_effect
+def _check_depends(tangent: Tensor | None, message: str) -> Tensor | None:
+    if tangent is None:
+        raise ValueError(message)
+    return tangent
 
 
 @_in_graph(lambda _, outputs, cotangents, inputs, keep_graph: [_same(_, x) for x in inputs])
@@ -180,6 +192,11 @@ def _named(name: str) -> Callable[..., Any]:
 
     function.__name__ = function.__qualname__ = name
     return function
+
+
+def _copied(function: Any) -> Any:
+    """A function that Dynamo does not take for the one that is substituted."""
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
 
 
 # Stand-ins for levels. Dynamo traces what is from here on to the regions.
@@ -232,7 +249,7 @@ class _AutodiffLevel(_Level):
         return _value_of(self.handle, result)
 
     def tangent_of(self, result: Tensor) -> Tensor:
-        return _tangent_of(self.handle, result, None)
+        return _tangent_of(self.handle, result)
 
     def backward(self, outputs: Any, cotangents: Any, inputs: Any, keep_graph: bool) -> list[Tensor]:
         if len(inputs) == 0:
@@ -240,19 +257,43 @@ class _AutodiffLevel(_Level):
         return _backward(self.handle, outputs, cotangents, inputs, keep_graph)
 
 
-@substitute_in_graph(_C.VmapLevel, is_embedded_type=True, skip_signature_check=True)
+class _Chunks:
+    def begin(self, size: int) -> None: ...
+
+
+_of_class = functools.partial(substitute_in_graph, is_embedded_type=True, skip_signature_check=True)
+
+
+@_of_class(_C.VmapLevel)
 def _vmap_level(batch_size: int, randomness: Any, chunks: Any = None) -> _VmapLevel:
+    if chunks is not None and randomness.name != "error":
+        raise NotImplementedError(_checks.compiled_chunks())
     return _VmapLevel(batch_size, randomness.name)
 
 
-@substitute_in_graph(_C.AutodiffLevel, is_embedded_type=True, skip_signature_check=True)
+@_of_class(_C.AutodiffLevel)
 def _autodiff_level(forward: bool, transform: str = "") -> _AutodiffLevel:
     return _AutodiffLevel(forward, transform)
+
+
+@_of_class(_C.Chunks)
+def _chunks(total: int, generators: Any) -> _Chunks:
+    return _Chunks()
+
+
+@substitute_in_graph(_vmap.generators_in_use)
+def _generators_in_use() -> list[torch.Generator]:
+    return []
 
 
 @substitute_in_graph(_boundary.boundary)
 def _boundary_(transform: str, function: Any, like: object = None) -> Any:
     return function
+
+
+@substitute_in_graph(_tree.captured)
+def _captured(tree: Any) -> Any:
+    return tree
 
 
 @substitute_in_graph(_tree.flatten)
@@ -271,9 +312,49 @@ def _unwrap(level: Any, leaves: Any) -> Any:
     return [(leaf, level) for leaf in leaves]
 
 
+_place_or_refuse = _copied(_vmap._place)
+
+
 @substitute_in_graph(_vmap._place)
-def _place_(func: Any, value: Any, bdim: Any, out_dim: Any, batch_size: Any, path: Any) -> Any:
-    return _place(bdim.handle, value, out_dim, batch_size, _checks.name_of(func), "")
+def _place_result(func: Any, value: Any, bdim: Any, out_dim: Any, batch_size: Any, path: Any) -> Any:
+    if not isinstance(value, Tensor) or (out_dim is not None and not -value.dim() - 1 <= out_dim <= value.dim()):
+        return _place_or_refuse(func, value, None, out_dim, batch_size, path)
+    return _place(bdim.handle, value, out_dim, batch_size, _checks.name_of(func), path() if out_dim is None else "")
+
+
+@substitute_in_graph(_jvp._zeros_if_none)
+def _tangent_or_zeros(tangent: Any, value: Any) -> Any:
+    return _zeros_if_none(tangent, value)
+
+
+@substitute_in_graph(_jvp._check_depends)
+def _check_each_depends(transform: str, func: Any, output: Any, tangents: list[Any]) -> None:
+    for i, path in enumerate(_tree.paths(output)):
+        _check_depends(tangents[i], _checks.no_dependence(transform, func, path))
+
+
+# AOTAutograd functionalizes whatever it is given.
+@substitute_in_graph(_functionalize.run)
+def _functionalized(keep_views: bool, func: Any, args: Any, kwargs: Any = None) -> Any:
+    output = func(*args, **(kwargs or {}))
+    if keep_views:
+        return output
+    inputs = pytree.tree_leaves((args, kwargs))
+    return _tree.map_tensors(lambda leaf: leaf if any(leaf is x for x in inputs) else leaf.clone(), output)
+
+
+@substitute_in_graph(_linear._has_readable_values)
+def _has_readable_values(leaves: Any) -> bool:
+    return False
+
+
+@substitute_in_graph(_jacobian._check_aux)
+def _check_aux(transform: str, aux: Any) -> None: ...
+
+
+@substitute_in_graph(_basis._measured)
+def _measured(one_row: Any, leaves: Any, total: int) -> NoReturn:
+    raise NotImplementedError(_checks.compiled_auto_chunks())
 
 
 # Regions.

@@ -100,13 +100,17 @@ def push_forward(
             _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
         values = [level.value_of(leaf) for leaf in leaves]
         results = [level.tangent_of(leaf) for leaf in leaves]
-    if strict and any(tangent is None for tangent in results):
-        path = _tree.paths(output)[results.index(None)]
-        raise ValueError(
-            f"{transform}: output{path} of {_checks.name_of(func)} does not depend on the primals, and strict=True. "
-            f"Pass strict=False for a tangent of zeros."
-        )
-    tangents_out = [
-        torch.zeros_like(value) if tangent is None else tangent for value, tangent in zip(values, results, strict=True)
-    ]
+    if strict:
+        _check_depends(transform, func, output, results)
+    tangents_out = [_zeros_if_none(tangent, value) for tangent, value in zip(results, values, strict=True)]
     return _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec), aux
+
+
+def _check_depends(transform: str, func: Callable[..., Any], output: Any, tangents: list[Tensor | None]) -> None:
+    if any(tangent is None for tangent in tangents):
+        path = _tree.paths(output)[tangents.index(None)]
+        raise ValueError(_checks.no_dependence(transform, func, path))
+
+
+def _zeros_if_none(tangent: Tensor | None, value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if tangent is None else tangent
