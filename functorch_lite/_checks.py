@@ -458,6 +458,13 @@ def compiled_chunks() -> str:
     )
 
 
+def compiled_stack() -> str:
+    return (
+        "stack_module_state: the stacked parameters are new leaves that require grad, which a compiled function cannot "
+        "make. Call it outside torch.compile and pass what it returns."
+    )
+
+
 def compiled_auto_chunks() -> str:
     return (
         "chunk_size='auto' measures memory, which a compiled function cannot. Pass a number, or call this transform "
@@ -467,8 +474,7 @@ def compiled_auto_chunks() -> str:
 
 def compiled_custom(name: str) -> str:
     return (
-        f"{name}: got a function that was made inside the compiled function, or arguments other than tensors, numbers, "
-        f"strings, and tuples, lists and dictionaries of them. Define it, and its rule, outside torch.compile."
+        f"{name}: was made inside the compiled function. Define it, and its rule, outside torch.compile."
     )
 
 

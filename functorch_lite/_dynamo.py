@@ -13,21 +13,40 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_fullgraph_compiled_frame_count
 from torch._dynamo import allow_in_graph, eval_frame, substitute_in_graph
 from torch._dynamo.exc import unimplemented
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._dynamo.utils import proxy_args_kwargs
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch.fx.node import has_side_effect
 
-from functorch_lite import _basis, _boundary, _C, _checks, _functionalize, _jacobian, _jvp, _linear, _tree, _vmap
+from functorch_lite import (
+    _basis,
+    _boundary,
+    _C,
+    _checks,
+    _custom_derivatives,
+    _functionalize,
+    _jacobian,
+    _jvp,
+    _linear,
+    _modules,
+    _tree,
+    _vjp,
+    _vmap,
+)
 
 # Calls in the graph.
 
@@ -52,6 +71,12 @@ class _Opaque(VariableTracker):
         )
 
 
+def _handle(function: Callable[..., Any], handler: Callable[..., VariableTracker]) -> None:
+    """Have Dynamo call ``handler(_, tx, *args)``, of variables, in the place of a function."""
+    allow_in_graph(function)
+    TorchInGraphFunctionVariable._get_handlers()[function] = handler
+
+
 def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Have Dynamo put a function into the graph. ``example`` makes the result, of fake arguments; None: it is opaque."""
 
@@ -63,13 +88,12 @@ def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
             with tx.fake_mode, torch.enable_grad():
                 result = example(*fakes)
             if result is None:
-                if function is _enter:
+                if function is _enter and _make_regions not in tx.output.register_finalizer_fns:
                     tx.output.add_graph_finalizer(_make_regions)
                 return _Opaque(proxy)
             return wrap_fx_proxy(tx, proxy, example_value=result)
 
-        allow_in_graph(function)
-        TorchInGraphFunctionVariable._get_handlers()[function] = handle
+        _handle(function, handle)
         return function
 
     return decorate
@@ -112,20 +136,26 @@ def _new_vmap(batch_size: int, randomness: str) -> _C.VmapLevel:
 
 
 @_in_graph(_nothing)
+def _new_chunk(batch_size: int) -> _C.VmapLevel:
+    return _C.VmapLevel(batch_size, _C.Randomness.error, _C.Chunks(batch_size, []))
+
+
+@_in_graph(_nothing)
 def _new_autodiff(forward: bool, transform: str) -> _C.AutodiffLevel:
     return _C.AutodiffLevel(forward, transform)
 
 
+# The borders of regions. They are called only where Dynamo tries the branches of an operator such as torch.cond.
 @_in_graph(_nothing)
 @has_side_effect
-def _enter(level: _C.Level) -> NoReturn:
-    raise AssertionError("part of a region")
+def _enter(level: _C.Level) -> None:
+    level.__enter__()
 
 
 @_in_graph(_nothing)
 @has_side_effect
-def _leave(level: _C.Level) -> NoReturn:
-    raise AssertionError("part of a region")
+def _leave(level: _C.Level) -> None:
+    level.__exit__(None, None, None)
 
 
 @_in_graph(_example)
@@ -179,7 +209,8 @@ def _check_depends(tangent: Tensor | None, message: str) -> Tensor | None:
 def _backward(
     level: _C.AutodiffLevel, outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Tensor], keep_graph: bool
 ) -> list[Tensor]:
-    grads = level.backward(outputs, cotangents, inputs, keep_graph)
+    with _explained(level):
+        grads = level.backward(outputs, cotangents, inputs, keep_graph)
     return [
         torch.zeros_like(level.value_of(x)) if grad is None else grad for grad, x in zip(grads, inputs, strict=True)
     ]
@@ -214,9 +245,8 @@ class _Level:
 
 
 class _VmapLevel(_Level):
-    def __init__(self, batch_size: int, randomness: str) -> None:
-        self.batch_size = batch_size
-        self.handle = _new_vmap(batch_size, randomness)
+    def __init__(self, batch_size: int, randomness: str, is_chunk: bool) -> None:
+        self.handle = _new_chunk(batch_size) if is_chunk else _new_vmap(batch_size, randomness)
 
     def lift(self, value: Tensor, dim: int) -> Tensor:
         return _lift_batched(self.handle, value, dim)
@@ -266,9 +296,7 @@ _of_class = functools.partial(substitute_in_graph, is_embedded_type=True, skip_s
 
 @_of_class(_C.VmapLevel)
 def _vmap_level(batch_size: int, randomness: Any, chunks: Any = None) -> _VmapLevel:
-    if chunks is not None and randomness.name != "error":
-        raise NotImplementedError(_checks.compiled_chunks())
-    return _VmapLevel(batch_size, randomness.name)
+    return _VmapLevel(batch_size, randomness.name, chunks is not None)
 
 
 @_of_class(_C.AutodiffLevel)
@@ -289,6 +317,16 @@ def _generators_in_use() -> list[torch.Generator]:
 @substitute_in_graph(_boundary.boundary)
 def _boundary_(transform: str, function: Any, like: object = None) -> Any:
     return function
+
+
+# Somebody else shows errors in compiled functions.
+@substitute_in_graph(_boundary._explain)
+def _explain(transform: str, error: BaseException) -> None: ...
+
+
+@substitute_in_graph(_boundary._without_our_frames)
+def _without_our_frames(traceback: Any) -> Any:
+    return traceback
 
 
 @substitute_in_graph(_tree.captured)
@@ -352,10 +390,123 @@ def _has_readable_values(leaves: Any) -> bool:
 def _check_aux(transform: str, aux: Any) -> None: ...
 
 
+_stack = _copied(_modules._stack)
+
+
+@substitute_in_graph(_modules._stack)
+def _stack_buffers(kind: str, tensors: Any) -> Any:
+    if any(tensor.requires_grad for one in tensors for tensor in one.values()):
+        raise NotImplementedError(_checks.compiled_stack())
+    return _stack(kind, tensors)
+
+
+@substitute_in_graph(_basis._basis)
+def _rows_of_basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    parts = []
+    offset = 0
+    for leaf in leaves:
+        n = leaf.numel()
+        row = torch.arange(start, stop, device=leaf.device)
+        column = torch.arange(offset, offset + n, device=leaf.device)
+        parts.append((row[:, None] == column).to(leaf.dtype).view(stop - start, *leaf.shape))
+        offset += n
+    return parts
+
+
 @substitute_in_graph(_basis._measured)
 def _measured(one_row: Any, leaves: Any, total: int) -> NoReturn:
     raise NotImplementedError(_checks.compiled_auto_chunks())
 
+
+# What looks at levels from inside.
+
+
+def _depth(_: Any, tx: Any) -> VariableTracker:
+    targets = [node.target for node in tx.output.graph.nodes]
+    return ConstantVariable.create(targets.count(_enter) - targets.count(_leave))
+
+
+_handle(_C.level_depth, _depth)
+
+
+def _name_of(_: Any, tx: Any, func: VariableTracker) -> VariableTracker:
+    if isinstance(func, GetAttrVariable):  # the apply of a torch.autograd.Function
+        return ConstantVariable.create(func.name)
+    return VariableTracker.build(tx, _name_of_other).call_function(tx, [func], {})
+
+
+_name_of_other = _copied(_checks.name_of)
+_handle(_checks.name_of, _name_of)
+
+
+def _check_callable(_: Any, tx: Any, transform: VariableTracker, func: VariableTracker) -> VariableTracker:
+    if func.is_python_constant():
+        _checks.check_callable(transform.as_python_constant(), func.as_python_constant())
+    return ConstantVariable.create(None)
+
+
+_handle(_checks.check_callable, _check_callable)
+
+
+def _call_custom(_: Any, tx: Any, custom: VariableTracker, args: VariableTracker, kwargs: VariableTracker) -> Any:
+    """A function with a derivative of its own: what it computes is the business of those who run the graph."""
+    function = getattr(custom, "value", None)
+    if custom.source is None or not isinstance(function, _custom_derivatives._Custom):
+        unimplemented(
+            gb_type="custom derivative made in the graph",
+            context=str(custom),
+            explanation=_checks.compiled_custom("custom_vjp, custom_jvp"),
+            hints=[],
+        )
+    install_guard(custom.source.make_guard(GuardBuilder.ID_MATCH))
+    given, spec = pytree.tree_flatten(proxy_args_kwargs([args, kwargs], {})[0])
+    places = [i for i, leaf in enumerate(given) if isinstance(leaf, fx.Proxy)]
+    out_specs: list[Any] = []
+
+    def call_custom(*tensors: Any) -> list[Any]:
+        leaves = list(given)
+        for i, tensor in zip(places, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        try:
+            outputs, out_spec = pytree.tree_flatten(function(*args, **kwargs))
+        except AssertionError as error:
+            if "FakeTensor" in str(error):
+                raise NotImplementedError(_checks.compiled_capture(function._name)) from None
+            raise
+        out_specs.append(out_spec)
+        return outputs
+
+    proxies = [given[i] for i in places]
+    proxy = tx.output.create_proxy("call_function", call_custom, tuple(proxies), {})
+    with tx.fake_mode, torch.enable_grad():
+        example = call_custom(*(p.node.meta["example_value"] for p in proxies))
+    leaves = wrap_fx_proxy(tx, proxy, example_value=example)
+    unflatten = VariableTracker.build(tx, pytree.tree_unflatten)
+    return unflatten.call_function(tx, [leaves, VariableTracker.build(tx, out_specs[0])], {})
+
+
+_handle(_custom_derivatives._call, _call_custom)
+
+
+# Compiled functions inside levels.
+
+_callback_from_stance = eval_frame._callback_from_stance
+
+
+def _callback_outside_levels(callback: Any) -> Any:
+    """Inside a level nothing is compiled: its tensors are not what a compiler takes them for."""
+    if _C.level_depth() == 0:
+        return _callback_from_stance(callback)
+    set_fullgraph_compiled_frame_count(-1)  # nobody is to miss the graph
+    return None
+
+
+eval_frame._callback_from_stance = _callback_outside_levels
+
+# Nor what runs inside, if Dynamo comes here after a graph break.
+for _function in (_vjp.Pullback.run, _vjp.Pullback.pull, _jvp.push_forward, _vmap._map, _functionalize.run):
+    set_code_exec_strategy(_function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 # Regions.
 
@@ -363,11 +514,27 @@ def _measured(one_row: Any, leaves: Any, total: int) -> NoReturn:
 @has_side_effect
 def run_at_level(body: fx.GraphModule, level: _C.Level, *args: Any) -> tuple[Any, ...]:
     """Run a region."""
-    with level:
+    with level, _explained(level):
         if fx.traceback.has_preserved_node_meta():
             result: tuple[Any, ...] = fx.Interpreter(body).run(*args)
             return result
         return body(*args)
+
+
+@contextmanager
+def _explained(level: _C.Level) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(level, _C.VmapLevel) and level.chunks is not None and "randomness='error'" in str(error):
+            raise NotImplementedError(_checks.compiled_chunks()) from None
+        _boundary._explain(level.kind, error)
+        raise
+
+
+def _value_outside(result: Any) -> Any:
+    """What has left a region by way of a variable of the user's."""
+    return _C.strip_closed_levels(result) if isinstance(result, Tensor) else result
 
 
 def _make_regions(module: fx.GraphModule) -> None:
@@ -379,6 +546,10 @@ def _make_regions(module: fx.GraphModule) -> None:
                 opened.append(node)
             elif node.target is _leave:
                 _make_region(owner, opened.pop(), node)
+        (output,) = owner.graph.find_nodes(op="output")
+        for escaped in [n for n in output.all_input_nodes if n.meta.get("functorch_lite_inside")]:
+            with owner.graph.inserting_before(output):
+                output.replace_input_with(escaped, owner.graph.call_function(_value_outside, (escaped,)))
         owner.recompile()
 
 
@@ -407,7 +578,7 @@ def _make_region(owner: fx.GraphModule, enter: fx.Node, leave: fx.Node) -> None:
         called = graph.call_function(run_at_level, (graph.get_attr(name), level, *inputs))
         for i, n in enumerate(outputs):
             output = graph.call_function(operator.getitem, (called, i))
-            output.meta = n.meta.copy()
+            output.meta = {**n.meta, "functorch_lite_inside": True}
             n.replace_all_uses_with(output, lambda user: user not in inside)
     for n in (leave, *reversed(nodes), enter):
         graph.erase_node(n)
