@@ -444,10 +444,10 @@ def no_dependence(transform: str, func: object, path: str) -> str:
 # torch.compile.
 
 
-def compiled_escape(what: str) -> str:
+def compiled_map() -> str:
     return (
-        f"{what}: what it returned refers to a level of the compiled function and cannot be passed in or out. Call "
-        f"{what}, and what it returns, in one compiled function."
+        "vjp, linearize, linear_transpose: the function that they return cannot be passed into a compiled function, nor "
+        "out of one. Call them, and it, in the same compiled function, or both outside."
     )
 
 

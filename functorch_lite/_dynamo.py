@@ -26,7 +26,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._dynamo.utils import proxy_args_kwargs
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
@@ -48,6 +48,13 @@ from functorch_lite import (
     _vmap,
 )
 
+
+
+def _refuse(message: str) -> NoReturn:
+    """Break the graph, or, if it is to be the only one, raise. May be called by what Dynamo traces."""
+    unimplemented(gb_type="functorch_lite cannot compile this", context="", explanation=message, hints=[])
+
+
 # Calls in the graph.
 
 
@@ -63,18 +70,16 @@ class _Opaque(VariableTracker):
 
     def reconstruct(self, codegen: Any) -> NoReturn:
         """Called if it would have to leave the graph."""
-        unimplemented(
-            gb_type="A level of functorch_lite leaves the graph",
-            context="",
-            explanation=_checks.compiled_escape("vjp_fn"),
-            hints=[],
-        )
+        _refuse(_checks.compiled_map())
 
 
 def _handle(function: Callable[..., Any], handler: Callable[..., VariableTracker]) -> None:
     """Have Dynamo call ``handler(_, tx, *args)``, of variables, in the place of a function."""
     allow_in_graph(function)
     TorchInGraphFunctionVariable._get_handlers()[function] = handler
+
+
+_handle(_refuse, lambda _, tx, message: _refuse(message.as_python_constant()))
 
 
 def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -90,6 +95,7 @@ def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
             if result is None:
                 if function is _enter and _make_regions not in tx.output.register_finalizer_fns:
                     tx.output.add_graph_finalizer(_make_regions)
+                    tx.output.add_cleanup_hook(functools.partial(_close_levels, _C.level_depth()))
                 return _Opaque(proxy)
             return wrap_fx_proxy(tx, proxy, example_value=result)
 
@@ -228,6 +234,12 @@ def _named(name: str) -> Callable[..., Any]:
 def _copied(function: Any) -> Any:
     """A function that Dynamo does not take for the one that is substituted."""
     return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+
+
+def _close_levels(depth: int) -> None:
+    """Close what a branch of an operator left open, as it has raised."""
+    while _C.level_depth() > depth:
+        _C.current_level().__exit__(None, None, None)
 
 
 # Stand-ins for levels. Dynamo traces what is from here on to the regions.
@@ -396,7 +408,7 @@ _stack = _copied(_modules._stack)
 @substitute_in_graph(_modules._stack)
 def _stack_buffers(kind: str, tensors: Any) -> Any:
     if any(tensor.requires_grad for one in tensors for tensor in one.values()):
-        raise NotImplementedError(_checks.compiled_stack())
+        _refuse(_checks.compiled_stack())
     return _stack(kind, tensors)
 
 
@@ -415,10 +427,17 @@ def _rows_of_basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tens
 
 @substitute_in_graph(_basis._measured)
 def _measured(one_row: Any, leaves: Any, total: int) -> NoReturn:
-    raise NotImplementedError(_checks.compiled_auto_chunks())
+    _refuse(_checks.compiled_auto_chunks())
 
 
 # What looks at levels from inside.
+
+
+def _refuse_level(_: Any, level: _C.Level) -> NoReturn:
+    _refuse(_checks.compiled_map())
+
+
+VariableBuilder._type_dispatch()[_C.AutodiffLevel] = _refuse_level
 
 
 def _depth(_: Any, tx: Any) -> VariableTracker:
@@ -452,12 +471,7 @@ def _call_custom(_: Any, tx: Any, custom: VariableTracker, args: VariableTracker
     """A function with a derivative of its own: what it computes is the business of those who run the graph."""
     function = getattr(custom, "value", None)
     if custom.source is None or not isinstance(function, _custom_derivatives._Custom):
-        unimplemented(
-            gb_type="custom derivative made in the graph",
-            context=str(custom),
-            explanation=_checks.compiled_custom("custom_vjp, custom_jvp"),
-            hints=[],
-        )
+        _refuse(_checks.compiled_custom("custom_vjp, custom_jvp"))
     install_guard(custom.source.make_guard(GuardBuilder.ID_MATCH))
     given, spec = pytree.tree_flatten(proxy_args_kwargs([args, kwargs], {})[0])
     places = [i for i, leaf in enumerate(given) if isinstance(leaf, fx.Proxy)]
