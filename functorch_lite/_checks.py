@@ -444,6 +444,13 @@ def no_dependence(transform: str, func: object, path: str) -> str:
 # torch.compile.
 
 
+def no_torch_compile(error: Exception) -> str:
+    return (
+        f"functorch_lite: torch.compile does not understand the transforms in this version of torch ({error}). Call "
+        f"compiled functions inside transforms, and not the other way round."
+    )
+
+
 def compiled_map() -> str:
     return (
         "vjp, linearize, linear_transpose: the function that they return cannot be passed into a compiled function, nor "

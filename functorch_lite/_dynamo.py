@@ -95,7 +95,7 @@ def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
             if result is None:
                 if function is _enter and _make_regions not in tx.output.register_finalizer_fns:
                     tx.output.add_graph_finalizer(_make_regions)
-                    tx.output.add_cleanup_hook(functools.partial(_close_levels, _C.level_depth()))
+                    tx.output.add_cleanup_hook(_close_levels)
                 return _Opaque(proxy)
             return wrap_fx_proxy(tx, proxy, example_value=result)
 
@@ -156,12 +156,22 @@ def _new_autodiff(forward: bool, transform: str) -> _C.AutodiffLevel:
 @has_side_effect
 def _enter(level: _C.Level) -> None:
     level.__enter__()
+    _opened.append(level)
 
 
 @_in_graph(_nothing)
 @has_side_effect
 def _leave(level: _C.Level) -> None:
-    level.__exit__(None, None, None)
+    _opened.pop().__exit__(None, None, None)
+
+
+_opened: list[_C.Level] = []
+
+
+def _close_levels() -> None:
+    """Close what a branch has left open, as it has raised."""
+    while _opened:
+        _opened.pop().__exit__(None, None, None)
 
 
 @_in_graph(_example)
@@ -234,12 +244,6 @@ def _named(name: str) -> Callable[..., Any]:
 def _copied(function: Any) -> Any:
     """A function that Dynamo does not take for the one that is substituted."""
     return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-
-
-def _close_levels(depth: int) -> None:
-    """Close what a branch of an operator left open, as it has raised."""
-    while _C.level_depth() > depth:
-        _C.current_level().__exit__(None, None, None)
 
 
 # Stand-ins for levels. Dynamo traces what is from here on to the regions.

@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -90,15 +91,24 @@ class _After(importlib.abc.MetaPathFinder):
 
         def execute_both(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(self.then)
+            _import_or_warn(self.then)
 
         spec.loader.exec_module = execute_both  # type: ignore[method-assign]
         return spec
 
 
+def _import_or_warn(name: str) -> None:
+    from functorch_lite import _checks
+
+    try:
+        importlib.import_module(name)
+    except (ImportError, AttributeError) as error:  # it uses what PyTorch may change
+        warnings.warn(_checks.no_torch_compile(error), stacklevel=2)
+
+
 def import_after(name: str, then: str) -> None:
     """Import ``then`` when ``name`` is imported, now or later: it is slow to import, and may never be needed."""
     if name in sys.modules:
-        importlib.import_module(then)
+        _import_or_warn(then)
     else:
         sys.meta_path.insert(0, _After(name, then))
