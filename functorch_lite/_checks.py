@@ -480,9 +480,7 @@ def compiled_auto_chunks() -> str:
 
 
 def compiled_custom(name: str) -> str:
-    return (
-        f"{name}: was made inside the compiled function. Define it, and its rule, outside torch.compile."
-    )
+    return f"{name}: was made inside the compiled function. Define it, and its rule, outside torch.compile."
 
 
 def compiled_capture(name: str) -> str:

@@ -30,12 +30,14 @@ from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+from torch._ops import HigherOrderOperator
+from torch.autograd import Function
 from torch.fx.node import has_side_effect
 
 from functorch_lite import (
+    _C,
     _basis,
     _boundary,
-    _C,
     _checks,
     _custom_derivatives,
     _functionalize,
@@ -47,7 +49,6 @@ from functorch_lite import (
     _vjp,
     _vmap,
 )
-
 
 
 def _refuse(message: str) -> NoReturn:
@@ -312,6 +313,8 @@ _of_class = functools.partial(substitute_in_graph, is_embedded_type=True, skip_s
 
 @_of_class(_C.VmapLevel)
 def _vmap_level(batch_size: int, randomness: Any, chunks: Any = None) -> _VmapLevel:
+    if chunks is not None and randomness.name == "different":
+        _refuse(_checks.compiled_chunks())
     return _VmapLevel(batch_size, randomness.name, chunks is not None)
 
 
@@ -498,13 +501,26 @@ def _call_custom(_: Any, tx: Any, custom: VariableTracker, args: VariableTracker
     proxies = [given[i] for i in places]
     proxy = tx.output.create_proxy("call_function", call_custom, tuple(proxies), {})
     with tx.fake_mode, torch.enable_grad():
-        example = call_custom(*(p.node.meta["example_value"] for p in proxies))
+        try:
+            example = call_custom(*(p.node.meta["example_value"] for p in proxies))
+        except NotImplementedError as error:
+            _refuse(str(error))
     leaves = wrap_fx_proxy(tx, proxy, example_value=example)
     unflatten = VariableTracker.build(tx, pytree.tree_unflatten)
     return unflatten.call_function(tx, [leaves, VariableTracker.build(tx, out_specs[0])], {})
 
 
 _handle(_custom_derivatives._call, _call_custom)
+
+
+@_of_class(_custom_derivatives.custom_vjp)
+def _new_custom_vjp(func: Any, nondiff_argnums: Any = ()) -> NoReturn:
+    _refuse(_checks.compiled_custom("custom_vjp"))
+
+
+@_of_class(_custom_derivatives.custom_jvp)
+def _new_custom_jvp(func: Any, nondiff_argnums: Any = ()) -> NoReturn:
+    _refuse(_checks.compiled_custom("custom_jvp"))
 
 
 # Compiled functions inside levels.
@@ -550,6 +566,38 @@ def _explained(level: _C.Level) -> Iterator[None]:
         raise
 
 
+def _apply_function(
+    fwd: fx.GraphModule,
+    bwd: fx.GraphModule,
+    *args: Any,
+    non_differentiable_idx: Sequence[int],
+    dirty_idx: Sequence[int] = (),
+    **_: Any,
+) -> Any:
+    """A user's torch.autograd.Function, as Dynamo puts it into a graph. What it saves belongs to its level."""
+
+    class Applied(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output, saved = fwd(*args)
+            ctx.places = [i for i, value in enumerate(saved) if isinstance(value, Tensor)]
+            ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+            ctx.save_for_backward(*(saved[i] for i in ctx.places))
+            outputs = output if isinstance(output, (tuple, list)) else [output]
+            ctx.mark_dirty(*(outputs[i] for i in dirty_idx))
+            ctx.mark_non_differentiable(*(outputs[i] for i in non_differentiable_idx))
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            saved = list(ctx.others)
+            for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+                saved[i] = tensor
+            return bwd(*grads, *saved)
+
+    return Applied.apply(*args)
+
+
 def _value_outside(result: Any) -> Any:
     """What has left a region by way of a variable of the user's."""
     return _C.strip_closed_levels(result) if isinstance(result, Tensor) else result
@@ -588,6 +636,8 @@ def _make_region(owner: fx.GraphModule, enter: fx.Node, leave: fx.Node) -> None:
         copies[n].meta = n.meta.copy()
     for n in nodes:
         copies[n] = body.node_copy(n, lambda old: copies[old])
+        if isinstance(n.target, HigherOrderOperator) and n.target.name() == "autograd_function_apply":
+            copies[n].target = _apply_function
     body.output(tuple(copies[n] for n in outputs))
 
     name = f"region_{sum(n.startswith('region_') for n in dict(owner.named_children()))}"

@@ -78,9 +78,7 @@ class _After(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, then: str) -> None:
         self.name, self.then = name, then
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self.name or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
