@@ -436,8 +436,8 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
 
 def no_dependence(transform: str, func: object, path: str) -> str:
     return (
-        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
-        f"for a tangent of zeros."
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. "
+        f"Pass strict=False for a tangent of zeros."
     )
 
 
@@ -453,15 +453,15 @@ def no_torch_compile(error: Exception) -> str:
 
 def compiled_map() -> str:
     return (
-        "vjp, linearize, linear_transpose: the function that they return cannot be passed into a compiled function, nor "
-        "out of one. Call them, and it, in the same compiled function, or both outside."
+        "vjp, linearize, linear_transpose: the function that they return cannot be passed into a compiled function, "
+        "nor out of one. Call them, and it, in the same compiled function, or both outside."
     )
 
 
 def compiled_chunks() -> str:
     return (
-        "vmap: got chunk_size and a randomness other than 'error' in a compiled function, where chunks cannot share one "
-        "stream of random numbers. Leave out chunk_size, or call this vmap outside torch.compile."
+        "vmap: got chunk_size and a randomness other than 'error' in a compiled function, where chunks cannot share "
+        "one stream of random numbers. Leave out chunk_size, or call this vmap outside torch.compile."
     )
 
 
@@ -485,6 +485,6 @@ def compiled_custom(name: str) -> str:
 
 def compiled_capture(name: str) -> str:
     return (
-        f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as an "
-        f"argument."
+        f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as "
+        f"an argument."
     )

@@ -1,29 +1,29 @@
 """How torch.compile sees the transforms. Imported when torch._dynamo is, and not before.
 
-Dynamo traces our Python and the user's function in it. What it cannot trace is a level: here each class of levels has a
-stand-in of plain Python, whose methods are calls that Dynamo puts into the graph as they are, and whose results it takes
-to be tensors of the shape that the user's function sees. What runs between the opening and the closing of a level
+Dynamo traces our Python and the user's function in it. What it cannot trace is a level: here each class of levels has
+a stand-in of plain Python, whose methods are calls that Dynamo puts into the graph as they are, and whose results it
+takes to be tensors of the shape that the user's function sees. What runs between the opening and the closing of a level
 becomes a graph of its own, a *region*, so that the level is closed whatever happens. Whoever runs the graph,
 AOTAutograd with its tracers or a backend that runs it as it is, runs the levels.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
+from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_fullgraph_compiled_frame_count
 from torch._dynamo import allow_in_graph, eval_frame, substitute_in_graph
 from torch._dynamo.exc import unimplemented
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._dynamo.utils import proxy_args_kwargs
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
@@ -49,6 +49,8 @@ from functorch_lite import (
     _vjp,
     _vmap,
 )
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def _refuse(message: str) -> NoReturn:
@@ -83,10 +85,10 @@ def _handle(function: Callable[..., Any], handler: Callable[..., VariableTracker
 _handle(_refuse, lambda _, tx, message: _refuse(message.as_python_constant()))
 
 
-def _in_graph(example: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Have Dynamo put a function into the graph. ``example`` makes the result, of fake arguments; None: it is opaque."""
+def _in_graph(example: Callable[..., Any]) -> Callable[[FunctionT], FunctionT]:
+    """Have Dynamo put a function into the graph. ``example`` makes the result of fake arguments; None for a level."""
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: FunctionT) -> FunctionT:
         def handle(_: Any, tx: Any, *args: VariableTracker) -> VariableTracker:
             proxies, _ = proxy_args_kwargs(args, {})
             proxy = tx.output.create_proxy("call_function", function, proxies, {})
@@ -295,7 +297,7 @@ class _AutodiffLevel(_Level):
     def value_of(self, result: Tensor) -> Tensor:
         return _value_of(self.handle, result)
 
-    def tangent_of(self, result: Tensor) -> Tensor:
+    def tangent_of(self, result: Tensor) -> Tensor | None:
         return _tangent_of(self.handle, result)
 
     def backward(self, outputs: Any, cotangents: Any, inputs: Any, keep_graph: bool) -> list[Tensor]:
@@ -308,7 +310,9 @@ class _Chunks:
     def begin(self, size: int) -> None: ...
 
 
-_of_class = functools.partial(substitute_in_graph, is_embedded_type=True, skip_signature_check=True)
+def _of_class(cls: type) -> Callable[[FunctionT], FunctionT]:
+    decorate: Any = substitute_in_graph(cls, is_embedded_type=True, skip_signature_check=True)
+    return decorate  # type: ignore[no-any-return]
 
 
 @_of_class(_C.VmapLevel)
@@ -458,7 +462,8 @@ _handle(_C.level_depth, _depth)
 def _name_of(_: Any, tx: Any, func: VariableTracker) -> VariableTracker:
     if isinstance(func, GetAttrVariable):  # the apply of a torch.autograd.Function
         return ConstantVariable.create(func.name)
-    return VariableTracker.build(tx, _name_of_other).call_function(tx, [func], {})
+    name: VariableTracker = VariableTracker.build(tx, _name_of_other).call_function(tx, [func], {})
+    return name
 
 
 _name_of_other = _copied(_checks.name_of)
@@ -477,7 +482,8 @@ _handle(_checks.check_callable, _check_callable)
 def _call_custom(_: Any, tx: Any, custom: VariableTracker, args: VariableTracker, kwargs: VariableTracker) -> Any:
     """A function with a derivative of its own: what it computes is the business of those who run the graph."""
     function = getattr(custom, "value", None)
-    if custom.source is None or not isinstance(function, _custom_derivatives._Custom):
+    is_changed = tx.output.side_effects.has_pending_mutation(custom)
+    if is_changed or custom.source is None or not isinstance(function, _custom_derivatives._Custom):
         _refuse(_checks.compiled_custom("custom_vjp, custom_jvp"))
     install_guard(custom.source.make_guard(GuardBuilder.ID_MATCH))
     given, spec = pytree.tree_flatten(proxy_args_kwargs([args, kwargs], {})[0])
@@ -551,8 +557,9 @@ def run_at_level(body: fx.GraphModule, level: _C.Level, *args: Any) -> tuple[Any
     with level, _explained(level):
         if fx.traceback.has_preserved_node_meta():
             result: tuple[Any, ...] = fx.Interpreter(body).run(*args)
-            return result
-        return body(*args)
+        else:
+            result = body(*args)
+        return result
 
 
 @contextmanager
@@ -595,7 +602,7 @@ def _apply_function(
                 saved[i] = tensor
             return bwd(*grads, *saved)
 
-    return Applied.apply(*args)
+    return Applied.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _value_outside(result: Any) -> Any:
