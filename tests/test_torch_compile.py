@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import functorch_lite as fl
 from functorch_lite import _install
-from functorch_lite.compile import aot_function, nop
+from functorch_lite.compile import aot_function, aot_module, nop
 
 BACKENDS = ["eager", "aot_eager"]
 
@@ -160,8 +160,6 @@ def test_transform(name, backend):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_gradient_of_a_captured_parameter(name):
     step, plain = TRANSFORMS[name]
-    if name == "jvp of a constant":
-        pytest.skip("the tangent does not depend on it")
     check_gradients(step, [W], inputs()[0], expected=plain)
 
 
@@ -345,9 +343,11 @@ STEPS = {
     "cond": lambda x: torch.cond(x.sum() > 0, lambda x: fl.grad(energy)(x), lambda x: x.clone(), (x,)),
     "aot_function": lambda x: COMPILED(x),
     "vmap of aot_function": lambda x: fl.vmap(COMPILED)(x),
+    "aot_module": lambda x: fl.vmap(COMPILED_MODULE)(x),
     "vmap of a compiled function": lambda x: fl.vmap(torch.compile(lambda y: y * y))(x),
 }  # fmt: skip
 COMPILED = aot_function(field, nop)
+COMPILED_MODULE = aot_module(nn.Linear(3, 2), nop)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -212,7 +211,5 @@ def _captured_key(tensor: Any) -> Any:
 
 def _is_traced() -> bool:
     """Whether somebody else traces this call: then the function becomes part of that graph."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
     level = _C.current_level()
     return _get_current_dispatch_mode() is not None or (level is not None and _levels.is_inlined(level))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -91,7 +92,9 @@ def aot_function(
         outputs, out_structure = compiled.call(leaves, structure, lambda: _arguments.names(fn, args, kwargs))
         return pytree.tree_unflatten(outputs, out_structure)
 
-    return functools.update_wrapper(call, fn)
+    functools.update_wrapper(call, fn)
+    call._torchdynamo_inline = fn  # type: ignore[attr-defined]  # what torch.compile puts into a graph of its own
+    return call
 
 
 def _options(
@@ -183,6 +186,8 @@ class _CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.orig_mod(*args, **kwargs)
         outputs, structure = self._compiled.call(*self._call(args, kwargs))
         output, replaced = pytree.tree_unflatten(outputs, structure)
         for name, tensor in replaced.items():
