@@ -46,7 +46,7 @@ def calls(api: Any) -> dict[str, Run]:
         return x.dot(x)
 
     mapped, twice, of_params = api.vmap(same), api.vmap(squares), api.vmap(same)
-    some, nested = api.vmap(second, (None, 0)), api.vmap(second, ({name: 0 for name in matrices}, None), None)
+    some, nested = api.vmap(second, (None, 0)), api.vmap(second, (dict.fromkeys(matrices, 0), None), None)
     with_keyword = api.vmap(keyword)
     slope, slopes, both = api.grad(same), api.grad(one_of), api.grad(second, argnums=(0, 1))
     rows_of, columns_of, curvature = api.jacrev(squares), api.jacfwd(squares), api.hessian(square)

@@ -78,8 +78,10 @@ def jit(func: Callable[..., Any], backend: Backend = "replay", *, dynamic: bool 
     call.save = save  # type: ignore[attr-defined]
     if isinstance(func, nn.Module):
         call.__name__, call.__doc__ = name, type(func).__doc__
-        return call
-    return functools.update_wrapper(call, func)
+    else:
+        functools.update_wrapper(call, func)
+    call._torchdynamo_inline = func  # type: ignore[attr-defined]  # as for aot_function
+    return call
 
 
 def _named_backends() -> dict[str, Callable[..., Any]]:

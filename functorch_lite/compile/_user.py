@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -85,7 +86,9 @@ def aot_function(
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled.call_with(args, kwargs, lambda: _arguments.names(fn, args, kwargs))
 
-    return functools.update_wrapper(call, fn)
+    functools.update_wrapper(call, fn)
+    call._torchdynamo_inline = fn  # type: ignore[attr-defined]  # what torch.compile puts into a graph of its own
+    return call
 
 
 def compiled_function(fn: Callable[..., Any], options: Options, static_inputs: int = 0) -> CompiledLeaves:
@@ -188,6 +191,8 @@ class _CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.orig_mod(*args, **kwargs)
         outputs, structure = self._compiled.call(*self._call(args, kwargs))
         output, replaced = pytree.tree_unflatten(outputs, structure)
         for name, tensor in replaced.items():
