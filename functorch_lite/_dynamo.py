@@ -368,6 +368,11 @@ def _unflatten(leaves: Any, spec: Any) -> Any:
 
 
 # A result and its level, in the place of its value and its batch dimension.
+@substitute_in_graph(_tree.broadcast_dims)
+def _broadcast_dims(dims: Any, tree: Any) -> Any:
+    return _tree._broadcast_prefix(dims, tree)
+
+
 @substitute_in_graph(_tree.unwrap)
 def _unwrap(level: Any, leaves: Any) -> Any:
     return [(leaf, level) for leaf in leaves]
