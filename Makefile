@@ -50,8 +50,10 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure overhead, batching rules, linearize, memory, modules, attention, partitions, compiled steps and compiled transforms
+bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, partitions, compiled steps and compiled transforms
 	@$(PY) benchmarks/overhead.py
+	@$(PY) benchmarks/small.py
+	@$(PY) benchmarks/growth.py
 	@$(PY) benchmarks/rules.py
 	@$(PY) benchmarks/linearize.py
 	@$(PY) benchmarks/memory.py

@@ -35,7 +35,7 @@ def unit(name: str, paths: list[Path]) -> str:
 
 
 # The files that know Python.
-BINDINGS = [ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "call_cache.cpp"]
+BINDINGS = [ROOT / "csrc" / f"{name}.cpp" for name in ("bindings", "call_cache", "trees")]
 
 extension = CppExtension(
     "functorch_lite._C",

@@ -1,4 +1,4 @@
-"""Peak bytes of gradients, Jacobians and Hessians: ours beside plain PyTorch and torch.func.
+"""Peak bytes of gradients, Jacobians, Hessians and the shared workloads: ours beside plain PyTorch and torch.func.
 
 Run with ``python benchmarks/memory.py``. The profiler reports every allocation and release on the CPU, temporaries of
 kernels included, so the numbers are exact and repeat. What exists before the call (parameters, inputs) is not counted.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from measuring import peak_bytes
 from torch import Tensor, nn
+from workloads import workloads
 
 import functorch_lite as fl
 
@@ -139,20 +140,42 @@ def jacobians() -> dict[str, dict[str, int]]:
     return {name: {way: peak_bytes(run) for way, run in row.items()} for name, row in ways.items()}
 
 
+def shared_workloads() -> dict[str, dict[str, int]]:
+    """Peak bytes of the workloads that other benchmarks time."""
+
+    def peak(function: Callable[..., object], arguments: tuple[Any, ...]) -> int:
+        function(*arguments)  # what is made once does not count
+        return peak_bytes(lambda: function(*arguments))
+
+    return {
+        workload.name + ", larger" * larger: {
+            way: peak(function, workload.arguments)
+            for way, function in {
+                "torch.func": workload.build(torch.func),
+                "ours": workload.build(fl),
+                "by hand": workload.by_hand,
+            }.items()
+        }
+        for larger in (False, True)
+        for workload in workloads(larger)
+    }
+
+
 def show(table: dict[str, dict[str, int]]) -> None:
     """Print kilobytes, and each entry over the first of its row."""
     for name, row in table.items():
         first = next(iter(row.values()))
         entries = "   ".join(f"{way} {bytes_ / 1e3:,.1f} kB ({bytes_ / first:.2f})" for way, bytes_ in row.items())
-        print(f"{name:18}{entries}")
+        print(f"{name:28}{entries}")
 
 
 def main() -> None:
-    """Print the two tables."""
+    """Print the tables."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     show(gradients())
     show(jacobians())
+    show(shared_workloads())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@
 #include "recorder.h"
 #include "rule.h"
 #include "tape.h"
+#include "trees.h"
 #include "vmap_level.h"
 #include "wrapper.h"
 
@@ -397,6 +398,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("live", &MemoryMeter::live)
       .def_property_readonly("peak", &MemoryMeter::peak);
 
+  m.def("flatten", &flatten_tree);
+  m.def("unflatten", &unflatten_tree);
+  m.def("broadcast_dims", &broadcast_dims);
   m.def("current_level", &innermost_level);
   m.def("is_differentiated_below", &is_differentiated_below);
 

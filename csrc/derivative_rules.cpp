@@ -14,9 +14,9 @@ using DerivativeTable = std::unordered_map<Operator, DerivativeRow>;
 
 DerivativeTable make_derivative_table() {
   DerivativeTable table;
-  for (const auto* rows :
-       {&norm_derivatives(), &linalg_derivatives(), &loss_derivatives(), &distance_derivatives(),
-        &elementwise_derivatives(), &indexing_derivatives(), &special_derivatives(), &attention_derivatives()}) {
+  for (const auto* rows : {&norm_derivatives(), &linalg_derivatives(), &loss_derivatives(), &distance_derivatives(),
+                           &forward_derivatives(), &elementwise_derivatives(), &indexing_derivatives(),
+                           &special_derivatives(), &attention_derivatives()}) {
     for (const auto& row : *rows) table.emplace(find_operator(row.op), row);
   }
   return table;

@@ -47,6 +47,7 @@ const std::vector<DerivativeRow>& linalg_derivatives();
 const std::vector<DerivativeRow>& loss_derivatives();
 const std::vector<DerivativeRow>& distance_derivatives();
 const std::vector<DerivativeRow>& elementwise_derivatives();
+const std::vector<DerivativeRow>& forward_derivatives();
 const std::vector<DerivativeRow>& indexing_derivatives();
 const std::vector<DerivativeRow>& special_derivatives();
 const std::vector<DerivativeRow>& attention_derivatives();

@@ -116,7 +116,7 @@ std::optional<int64_t> common_batch_dim(const Operand& a, const Operand& b) {
   return batched.bdim;
 }
 
-// derivatives/elementwise.cpp has it.
+// PyTorch's is wrong; derivatives/forward.cpp has it.
 template <class Op>
 constexpr bool kHasForwardRule = std::is_same_v<Op, at::_ops::div_Tensor>;
 

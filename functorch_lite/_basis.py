@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_lite._memory_budget import rows_that_fit
-from functorch_lite._vmap import generators_in_use, map_chunks, vmap
+from functorch_lite._vmap import generators_in_use, map_chunks, map_rows
 
 ChunkSize = int | str | None
 
@@ -47,12 +47,15 @@ def apply_to_basis(
     With ``has_aux``, ``linear`` returns (results, aux), and aux must be the same for every vector.
     """
     out_dims = (0, None) if has_aux else 0
-    total = sum(leaf.numel() for leaf in leaves)
-    whole = vmap(linear, out_dims=out_dims, randomness=randomness)
+    total = sum([leaf.numel() for leaf in leaves])
+
+    def rows_from(start: int, stop: int) -> Any:
+        return map_rows(linear, _basis(leaves, start, stop), stop - start, out_dims, randomness)
+
     if chunk_size == "auto":
-        chunk_size = _measured(lambda: whole(*_basis(leaves, 0, 1)), leaves, total) if total > 1 else None
+        chunk_size = _measured(lambda: rows_from(0, 1), leaves, total) if total > 1 else None
     if not isinstance(chunk_size, int) or total <= chunk_size:
-        pieces = [whole(*_basis(leaves, 0, total))]
+        pieces = [rows_from(0, total)]
     else:
         pieces = map_chunks(linear, partial(_basis, leaves), total, chunk_size, out_dims, randomness)
     aux = pieces[0][1] if has_aux else None

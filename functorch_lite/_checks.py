@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -183,6 +182,8 @@ def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: 
 
 def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
     """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
+    if type(argnums) is int and 0 <= argnums < count:
+        return (argnums,)
     given = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(given, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
@@ -219,14 +220,13 @@ def compiler_of(called: str, backend: Any, named: Mapping[str, Callable[..., Any
     return named[backend]
 
 
-def warn_of_many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> None:
-    """Warn: compiling takes longer than it saves."""
+def many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> str:
+    """A warning: compiling takes longer than it saves."""
     what = "" if changed is None else f" The last time {changed[0]} was {changed[2]} and before that {changed[1]}."
     sizes = "" if dynamic else " For changing sizes, use jit(..., dynamic=True)."
-    warnings.warn(
+    return (
         f"jit: {name} was compiled {count} times, for arguments that differ from each other.{what} For changing "
-        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}",
-        stacklevel=2,
+        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}"
     )
 
 
@@ -456,4 +456,12 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
         f"checkpoint: {function} writes in place into a tensor from outside the "
         f"checkpointed function (shape {tuple(target.shape)}, dtype {target.dtype}). It would be written again when "
         f"the function is computed again. Pass a clone."
+    )
+
+
+def no_dependence(transform: str, func: object, path: str) -> str:
+    """What to say of an output that does not depend on the primals."""
+    return (
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
+        f"for a tangent of zeros."
     )

@@ -11,7 +11,7 @@ from functorch_lite import _C, _checks, _tree
 from functorch_lite._basis import ChunkSize, apply_to_basis
 from functorch_lite._boundary import boundary
 from functorch_lite._jacobian_blocks import by_rows, dtype_of_rows, from_columns, needs_imaginary_rows
-from functorch_lite._jvp import jvp
+from functorch_lite._jvp import push_leaves
 from functorch_lite._linear import Pushforward
 from functorch_lite._vjp import value_and_pullback
 
@@ -19,8 +19,10 @@ from functorch_lite._vjp import value_and_pullback
 def _check_holomorphic(transform: str, primals: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """A real output of a complex input has no complex derivative."""
     for primal in primals:
+        if not primal.is_complex():
+            continue
         for output in outputs:
-            if primal.is_complex() and not output.is_complex():
+            if not output.is_complex():
                 raise ValueError(
                     f"{transform}: a real output ({output.dtype}) of a complex input ({primal.dtype}) has no complex "
                     f"derivative. Use grad or vjp, whose convention covers this case, or differentiate with respect "
@@ -159,22 +161,17 @@ def _forward(
                 _checks.check_differentiable(transform, leaf, arguments.names()[i])
         seen: dict[str, Any] = {}
 
-        def from_primals(*lifted: Tensor) -> Any:
-            output = func(*arguments.replaced(_tree.unflatten(lifted, spec)), **kwargs)
-            if has_aux:
-                _checks.check_pair(transform, func, output)
-                output, seen["aux"] = output
-            leaves, seen["spec"] = _tree.flatten(output)
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
-            return (leaves, seen["aux"]) if has_aux else leaves
+        def from_primals(lifted: list[Tensor]) -> Any:
+            return func(*arguments.replaced(_tree.unflatten(lifted, spec)), **kwargs)
 
         def linear(*tangents: Tensor) -> Any:
-            outputs, derivatives, *aux = jvp(from_primals, tuple(primals), tangents, has_aux=has_aux)
+            outputs, derivatives, seen["spec"], aux = push_leaves(
+                transform, func, from_primals, primals, tangents, has_aux=has_aux
+            )
             _check_holomorphic(transform, primals, outputs)
             if has_aux:
-                _check_aux(transform, aux[0])
-            return (derivatives, aux[0]) if has_aux else derivatives
+                _check_aux(transform, aux)
+            return (derivatives, aux) if has_aux else derivatives
 
         columns, aux = apply_to_basis(linear, primals, chunk_size, has_aux=has_aux, randomness=randomness)
         result = _tree.unflatten(from_columns(columns, primals, spec, arguments), seen["spec"])

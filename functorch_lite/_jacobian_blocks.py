@@ -22,25 +22,34 @@ def needs_imaginary_rows(pullback: Pullback) -> bool:
     return any(o.is_complex() and not p.is_complex() for o in pullback.outputs for p in pullback.primals)
 
 
+def _rows(pullback: Pullback, unit: complex, chunk_size: ChunkSize, keep_graph: bool) -> list[Tensor]:
+    """``unit`` times each basis vector, pulled back. For primal k [number of outputs, *shape], or, for one, [*shape]."""
+
+    def linear(*cotangents: Tensor) -> list[Tensor]:
+        if unit != 1:
+            cotangents = tuple([c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents])
+        return pullback.pull(cotangents, keep_graph)
+
+    outputs = pullback.outputs
+    if len(outputs) == 1 and outputs[0].numel() == 1:
+        return linear(torch.ones_like(outputs[0]))
+    # Nothing draws in a backward pass but a checkpoint, which computes the forward pass again.
+    return apply_to_basis(linear, outputs, chunk_size, randomness="same")[0]
+
+
 def by_rows(pullback: Pullback, arguments: _tree.Arguments, chunk_size: ChunkSize) -> Any:
-    """The Jacobian at the point of a pullback, in reverse mode."""
-    sizes = [output.numel() for output in pullback.outputs]
-
-    # rows[k]: [number of outputs, *shape of primal k]
-    def rows_for(unit: complex) -> list[tuple[Tensor, ...]]:
-        def linear(*cotangents: Tensor) -> list[Tensor]:
-            if unit != 1:
-                cotangents = tuple(c * unit if c.is_complex() else torch.zeros_like(c) for c in cotangents)
-            return pullback.pull(cotangents, keep_graph=True)
-
-        # Nothing draws in a backward pass but a checkpoint, which computes the forward pass again.
-        rows, _ = apply_to_basis(linear, pullback.outputs, chunk_size, randomness="same")
-        return [_parts(row, sizes) for row in rows]
-
-    rows = rows_for(1) if pullback.outputs else []
-    imaginary_rows = rows_for(1j) if needs_imaginary_rows(pullback) else rows
+    """The Jacobian at the point of a pullback, in reverse mode. The pullback cannot be used again."""
+    outputs = pullback.outputs
+    if not outputs:
+        return _tree.unflatten([], pullback.output_spec)
+    sizes = [output.numel() for output in outputs]
+    twice = needs_imaginary_rows(pullback)
+    rows = [_parts(row, sizes) for row in _rows(pullback, 1, chunk_size, twice or chunk_size is not None)]
+    imaginary_rows = (
+        [_parts(row, sizes) for row in _rows(pullback, 1j, chunk_size, chunk_size is not None)] if twice else rows
+    )
     blocks = []
-    for i, output in enumerate(pullback.outputs):
+    for i, output in enumerate(outputs):
         shaped = []
         for primal, parts, imaginary_parts in zip(pullback.primals, rows, imaginary_rows, strict=True):
             block = parts[i]
@@ -65,10 +74,11 @@ def from_columns(
     sizes = [primal.numel() for primal in primals]
     blocks = []
     for column in columns:
-        shaped = [
-            part.movedim(0, -1).reshape(column.shape[1:] + primal.shape).to(dtype(column, primal))
-            for part, primal in zip(_parts(column, sizes), primals, strict=True)
-        ]
+        shaped = []
+        for part, primal in zip(_parts(column, sizes), primals, strict=True):
+            block = part if part.dim() == 1 else part.movedim(0, -1)
+            shape = column.shape[1:] + primal.shape
+            shaped.append((block if block.shape == shape else block.reshape(shape)).to(dtype(column, primal)))
         blocks.append(arguments.shaped(_tree.unflatten(shaped, spec)))
     return blocks
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from functorch_lite import _checks
+from functorch_lite import _boundary, _checks
 
 Backend = Literal["replay", "inductor"] | Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 File = str | PathLike[str] | IO[bytes]
@@ -114,7 +114,7 @@ class _Watch:
         self._count += 1
         if self._count == _MANY:
             changed = next(((k, self._last.get(k), v) for k, v in now.items() if self._last.get(k) != v), None)
-            _checks.warn_of_many_graphs(self._name, self._count, changed, self._dynamic)
+            _boundary.warn(_checks.many_graphs(self._name, self._count, changed, self._dynamic))
         self._last = now
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,26 +87,49 @@ def push_forward(
             _checks.check_differentiable(transform, primal, f"primals{_tree.paths(primals)[i]}")
     flat_tangents = _tree.leaves_like(transform, called, tangents, "primals", flat_primals, spec)
 
+    def call(duals: list[Tensor]) -> Any:
+        return func(*_tree.unflatten(duals, spec), **(kwargs or {}))
+
+    values, tangents_out, output_spec, aux = push_leaves(
+        transform, func, call, flat_primals, flat_tangents, strict=strict, has_aux=has_aux
+    )
+    return _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec), aux
+
+
+def push_leaves(
+    transform: str,
+    func: Callable[..., Any],
+    call: Callable[[list[Tensor]], Any],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+) -> tuple[list[Tensor], list[Tensor], _tree.Spec, Any]:
+    """Run ``call``, which runs ``func``, on duals. Returns the leaves of its output, their tangents, the spec, and aux."""
     with _C.AutodiffLevel(True, transform) as level:
-        duals = [level.lift_dual(p, t) for p, t in zip(flat_primals, flat_tangents, strict=True)]
-        output = func(*_tree.unflatten(duals, spec), **(kwargs or {}))
+        output = call([level.lift_dual(p, t) for p, t in zip(primals, tangents, strict=True)])
         aux = None
         if has_aux:
             _checks.check_pair(transform, func, output)
             output, aux = output
             aux = _tree.map_tensors(level.value_of, aux)
-        leaves, output_spec = _tree.flatten(output)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
+        leaves, spec = _tree.flatten(output)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                _checks.check_tensor_outputs(transform, func, leaves, _tree.paths(output))
         values = [level.value_of(leaf) for leaf in leaves]
         results = [level.tangent_of(leaf) for leaf in leaves]
-    if strict and any(tangent is None for tangent in results):
-        path = _tree.paths(output)[results.index(None)]
-        raise ValueError(
-            f"{transform}: output{path} of {_checks.name_of(func)} does not depend on the primals, and strict=True. "
-            f"Pass strict=False for a tangent of zeros."
-        )
-    tangents_out = [
-        torch.zeros_like(value) if tangent is None else tangent for value, tangent in zip(values, results, strict=True)
-    ]
-    return _tree.unflatten(values, output_spec), _tree.unflatten(tangents_out, output_spec), aux
+    if strict:
+        _check_depends(transform, func, output, results)
+    return values, [_zeros_if_none(tangent, value) for tangent, value in zip(results, values, strict=True)], spec, aux
+
+
+def _check_depends(transform: str, func: Callable[..., Any], output: Any, tangents: list[Tensor | None]) -> None:
+    if any(tangent is None for tangent in tangents):
+        path = _tree.paths(output)[tangents.index(None)]
+        raise ValueError(_checks.no_dependence(transform, func, path))
+
+
+def _zeros_if_none(tangent: Tensor | None, value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if tangent is None else tangent

@@ -14,12 +14,7 @@ from torch import Tensor
 from functorch_lite import _C, _checks
 
 Spec = pytree.TreeSpec
-LEAF = pytree.tree_flatten(0)[1]
-
-
-# The structure of a tuple or list of n tensors, the common cases, made once.
-_FLAT_SPECS: dict[tuple[type, int], Spec] = {}
-
+LEAF: Spec = _C.flatten(None)[1]
 
 #: While a function is traced by functorch_lite.compile, in its thread: what takes the place of a tensor from outside.
 _capture: dict[int, Callable[[Any], Any]] = {}
@@ -47,28 +42,13 @@ def captured(tree: Any) -> Any:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
-    """Leaves and structure. A tensor, or a tuple or list of tensors, does not go through the general machinery."""
-    if _capture:
-        tree = captured(tree)
-    if isinstance(tree, Tensor):
-        return [tree], LEAF
-    kind = type(tree)
-    if (kind is tuple or kind is list) and all(isinstance(leaf, Tensor) for leaf in tree):
-        spec = _FLAT_SPECS.get((kind, len(tree)))
-        if spec is None:
-            spec = _FLAT_SPECS[kind, len(tree)] = pytree.tree_structure(tree)
-        return list(tree), spec
-    return pytree.tree_flatten(tree)
+    """Leaves and structure."""
+    return _C.flatten(captured(tree) if _capture else tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
     """The inverse of `flatten`."""
-    if spec is LEAF:
-        return leaves[0]
-    kind = spec.type
-    if (kind is tuple or kind is list) and _FLAT_SPECS.get((kind, len(leaves))) is spec:
-        return kind(leaves)
-    return pytree.tree_unflatten(list(leaves), spec)
+    return leaves[0] if spec is LEAF else _C.unflatten(leaves, spec)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -83,20 +63,25 @@ def paths(tree: Any) -> list[str]:
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any] | None:
-    """Repeat the leaves of ``prefix`` for each leaf of ``tree`` below; None if it is no prefix of ``tree``."""
-    if is_leaf(prefix):
+def broadcast_dims(dims: Any, tree: Any) -> list[int | None] | None:
+    """Repeat each dimension in ``dims`` for the leaves of ``tree`` below it; None if it is no prefix of ``tree``."""
+    flat = _C.broadcast_dims(dims, tree)
+    return _broadcast_prefix(dims, tree) if flat is None else flat
+
+
+def _broadcast_prefix(prefix: Any, tree: Any) -> list[Any] | None:
+    if is_dim(prefix):
         return [prefix] * pytree.tree_structure(tree).num_leaves
-    prefix_spec = pytree.tree_structure(prefix, is_leaf=is_leaf)
+    prefix_spec = pytree.tree_structure(prefix, is_leaf=is_dim)
     spec = pytree.tree_structure(tree)
     fields = _fields_like(prefix, tree)
     if fields is not None:
-        return _broadcast_children(fields, _children(tree), is_leaf)
+        return _broadcast_children(fields, _children(tree))
     if spec.is_leaf() or prefix_spec.type != spec.type or prefix_spec.num_children != spec.num_children:
         return None
     if prefix_spec.context != spec.context:
         return None
-    return _broadcast_children(_children(prefix), _children(tree), is_leaf)
+    return _broadcast_children(_children(prefix), _children(tree))
 
 
 def is_dim(value: object) -> bool:
@@ -106,10 +91,10 @@ def is_dim(value: object) -> bool:
 
 def flat_out_dims(out_dims: Any, outputs: Any) -> list[int | None] | None:
     """A dimension for each leaf of the outputs; None if the structures do not fit."""
-    flat = broadcast_prefix(out_dims, outputs, is_dim)
+    flat = broadcast_dims(out_dims, outputs)
     # A tuple stands for a list and the other way round, as it does for in_dims.
     if flat is None and isinstance(out_dims, (tuple, list)) and isinstance(outputs, (tuple, list)):
-        flat = broadcast_prefix(tuple(out_dims), tuple(outputs), is_dim)
+        flat = broadcast_dims(tuple(out_dims), tuple(outputs))
     return flat
 
 
@@ -118,12 +103,10 @@ def unwrap(level: _C.VmapLevel, leaves: Sequence[Any]) -> list[tuple[Any, int | 
     return [level.unwrap(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
 
 
-def _broadcast_children(
-    parts: Sequence[Any], subtrees: Sequence[Any], is_leaf: Callable[[Any], bool]
-) -> list[Any] | None:
+def _broadcast_children(parts: Sequence[Any], subtrees: Sequence[Any]) -> list[Any] | None:
     result: list[Any] = []
     for part, subtree in zip(parts, subtrees, strict=True):
-        below = broadcast_prefix(part, subtree, is_leaf)
+        below = _broadcast_prefix(part, subtree)
         if below is None:
             return None
         result.extend(below)
@@ -152,14 +135,18 @@ class Arguments:
         self.args = args
         self.argnums = argnums
         self.positions = _checks.argument_positions(transform, argnums, len(args))
-        self.selected: tuple[Any, ...] = tuple(args[i] for i in self.positions)
+        self.selected: tuple[Any, ...] = (
+            args if len(args) == 1 else tuple([args[position] for position in self.positions])
+        )
 
-    def replaced(self, selected: Sequence[Any]) -> tuple[Any, ...]:
+    def replaced(self, selected: Sequence[Any]) -> Sequence[Any]:
         """The arguments with others in the selected places."""
+        if len(self.args) == 1:
+            return selected
         args = list(self.args)
         for position, value in zip(self.positions, selected, strict=True):
             args[position] = value
-        return tuple(args)
+        return args
 
     def shaped(self, results: Sequence[Any]) -> Any:
         """One result for an int, a tuple for a tuple of argnums."""

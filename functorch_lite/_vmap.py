@@ -98,10 +98,25 @@ def _map(
         flat_dims = [out_dims] * len(out_leaves) if _tree.is_dim(out_dims) else _flat_out_dims(func, out_dims, output)
         results = _tree.unwrap(level, out_leaves)
     placed = [
-        _place(func, value, bdim, out_dim, batch_size, partial(_path_of_leaf, output, i))
+        value
+        if bdim is not None and bdim == out_dim
+        else _place(func, value, bdim, out_dim, batch_size, partial(_path_of_leaf, output, i))
         for i, ((value, bdim), out_dim) in enumerate(zip(results, flat_dims, strict=True))
     ]
     return _tree.unflatten(placed, out_spec)
+
+
+def map_rows(
+    func: Callable[..., Any],
+    rows: Sequence[Tensor],
+    batch_size: int,
+    out_dims: Any,
+    randomness: str,
+    chunks: _C.Chunks | None = None,
+) -> Any:
+    """What ``func`` returns for tensors with the batch in front, `vmap` without its checks."""
+    leaves, spec = _tree.flatten(tuple(rows))
+    return _map(func, leaves, spec, [0] * len(leaves), batch_size, out_dims, _RANDOMNESS[randomness], {}, chunks)
 
 
 def map_chunks(
@@ -117,12 +132,10 @@ def map_chunks(
     No two chunks of arguments are in memory at one time.
     """
     chunks = _C.Chunks(batch_size, generators_in_use())
-    mode = _RANDOMNESS[randomness]
 
     def on_chunk(start: int, size: int) -> Any:
         chunks.begin(size)
-        leaves, spec = _tree.flatten(tuple(chunk_of(start, start + size)))
-        return _map(func, leaves, spec, [0] * len(leaves), size, out_dims, mode, {}, chunks)
+        return map_rows(func, chunk_of(start, start + size), size, out_dims, randomness, chunks)
 
     return [on_chunk(start, min(chunk_size, batch_size - start)) for start in range(0, batch_size, chunk_size)]
 
@@ -150,34 +163,37 @@ def _path_of_leaf(output: Any, index: int) -> str:
 def _flatten_inputs(
     func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...]
 ) -> tuple[list[Any], _tree.Spec, list[int | None], int]:
-    name = _checks.name_of(func)
     if not args:
+        name = _checks.name_of(func)
         raise ValueError(f"vmap({name}): called without positional arguments; there is nothing to map over.")
     leaves, spec = _tree.flatten(args)
-    dims = _flat_in_dims(name, in_dims, args, leaves)
+    dims = _flat_in_dims(func, in_dims, args, leaves)
     batch_size = None
     first = 0
     for i, dim in enumerate(dims):
         if dim is None:
             continue
         leaf = leaves[i]
-        rank = leaf.dim() if isinstance(leaf, Tensor) else 0
-        if rank == 0 or not -rank <= dim < rank:
-            _refuse_in_dim(name, args, i, leaf, dim)
-        dims[i] = dim = dim % rank
-        size = leaf.shape[dim]
+        shape = leaf.shape if isinstance(leaf, Tensor) else ()
+        rank = len(shape)
+        if not -rank <= dim < rank:
+            _refuse_in_dim(func, args, i, leaf, dim)
+        if dim < 0:
+            dims[i] = dim = dim + rank
+        size = shape[dim]
         if batch_size is None:
             batch_size, first = size, i
         elif size != batch_size:
             paths = _argument_paths(args)
             raise ValueError(
-                f"vmap({name}): all mapped dimensions must have one size, got {batch_size} in {paths[first]} "
-                f"(shape {tuple(leaves[first].shape)}, in_dim {dims[first]}) and {size} in {paths[i]} "
-                f"(shape {tuple(leaf.shape)}, in_dim {dim})."
+                f"vmap({_checks.name_of(func)}): all mapped dimensions must have one size, got {batch_size} in "
+                f"{paths[first]} (shape {tuple(leaves[first].shape)}, in_dim {dims[first]}) and {size} in {paths[i]} "
+                f"(shape {tuple(shape)}, in_dim {dim})."
             )
     if batch_size is None:
         raise ValueError(
-            f"vmap({name}): in_dims={in_dims!r} maps no argument. Give at least one tensor an integer in_dim."
+            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} maps no argument. Give at least one tensor an integer "
+            f"in_dim."
         )
     return leaves, spec, dims, batch_size
 
@@ -186,24 +202,23 @@ def _argument_paths(args: tuple[Any, ...]) -> list[str]:
     return [f"argument {i}{path}" for i, arg in enumerate(args) for path in _tree.paths(arg)]
 
 
-def _flat_in_dims(name: str, in_dims: Any, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
-    if isinstance(in_dims, int) and not isinstance(in_dims, bool):
+def _flat_in_dims(func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
+    if _tree.is_dim(in_dims):
         return [in_dims] * len(leaves)
     # A list works as a tuple does, for the arguments are a tuple.
-    prefix = tuple(in_dims) if isinstance(in_dims, list) else in_dims
-    flat = _tree.broadcast_prefix(prefix, args, _tree.is_dim)
+    flat = _tree.broadcast_dims(tuple(in_dims) if isinstance(in_dims, list) else in_dims, args)
     if flat is None:
         plural = "s" * (len(args) != 1)
         raise ValueError(
-            f"vmap({name}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{plural}. Give one int "
+            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{plural}. Give one int "
             f"or None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a "
             f"structure like the argument's."
         )
     return flat
 
 
-def _refuse_in_dim(name: str, args: tuple[Any, ...], index: int, leaf: Any, dim: int) -> None:
-    path = _argument_paths(args)[index]
+def _refuse_in_dim(func: Callable[..., Any], args: tuple[Any, ...], index: int, leaf: Any, dim: int) -> None:
+    name, path = _checks.name_of(func), _argument_paths(args)[index]
     if not isinstance(leaf, Tensor):
         raise ValueError(
             f"vmap({name}): {path} has in_dim {dim} but is a {type(leaf).__name__}, not a tensor. Pass None as its "

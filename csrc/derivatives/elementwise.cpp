@@ -100,22 +100,6 @@ void hardsigmoid_backward(AutodiffLevel&, const Operator&, Stack& stack) {
   torch::jit::push(stack, grad * (x > -3).logical_and(x < 3).to(grad.scalar_type()) / 6);
 }
 
-// PyTorch's tangent of a / b contains the result, which its formulas go on to change in place. Then a reverse mode
-// outside misses what it saved.
-bool is_nested_with_tangent_below(const AutodiffLevel& level, const Operator&, const Stack& stack) {
-  return level.is_forward() && level.parent() != nullptr && has_tangent(stack.back().toTensor());
-}
-void div(AutodiffLevel& level, const Operator&, Stack& stack) {
-  CallArguments arguments(stack, 2);
-  const auto x = arguments.tensor();
-  const auto a = wrap(level.value_of(x), level);
-  const Dual b(level, arguments.tensor());
-  const auto y = a / b.primal;
-  auto tangent = b.tangent * (a / b.primal) / -b.primal;
-  if (const auto t = level.tangent_of(x); t.defined()) tangent = wrap(t, level) / b.primal + tangent;
-  torch::jit::push(stack, level.with_tangent(y, tangent.to(y.scalar_type())));
-}
-
 bool is_complex(const AutodiffLevel&, const Operator&, const Stack& stack) {
   return stack[stack.size() - 2].toTensor().is_complex();
 }
@@ -129,7 +113,6 @@ const std::vector<DerivativeRow>& elementwise_derivatives() {
       only_forward("_log_softmax", log_softmax),
       only_forward("_softmax_backward_data", softmax_backward),
       only_forward("_log_softmax_backward_data", log_softmax_backward),
-      {"div.Tensor", div, nullptr, 1000, is_nested_with_tangent_below},
       nested("glu", glu),
       only_forward("glu_backward", glu_backward),
       always("hardsigmoid_backward", hardsigmoid_backward),

@@ -95,7 +95,7 @@ def compiled_function(fn: Callable[..., Any], options: Options, static_inputs: i
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         return pytree.tree_flatten(fn(*args, **kwargs))
 
-    return CompiledLeaves(of_leaves, options, static_inputs)
+    return CompiledLeaves(of_leaves, options, static_inputs, is_users=True)
 
 
 def options_of(
@@ -158,7 +158,7 @@ class _CompiledModule(nn.Module):
         super().__init__()
         self.orig_mod = mod
         self._state = _State(mod)
-        self._compiled = CompiledLeaves(self._of_leaves, options, len(self._state.tensors()))
+        self._compiled = CompiledLeaves(self._of_leaves, options, len(self._state.tensors()), is_users=True)
 
     def _of_leaves(self, leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
         names, in_structure, _ = structure

@@ -419,7 +419,7 @@ def test_a_memory_budget_is_kept(name):
 
 
 def passes_of(transform, func, **options):
-    """The level at which each backward pass of ``func`` ran: the batch size of a vmap, or the name of another."""
+    """The level at which each backward pass of ``func`` ran: the batch size of a vmap, 1 if alone, or another's name."""
     levels = []
 
     class Observed(torch.autograd.Function):
@@ -434,7 +434,8 @@ def passes_of(transform, func, **options):
         @staticmethod
         def backward(ctx, cotangent):
             level = fl._C.current_level()
-            levels.append(level.batch_size if level.kind == "vmap" else level.kind)
+            alone = level is None
+            levels.append(1 if alone else level.batch_size if level.kind == "vmap" else level.kind)
             return cotangent.clone()
 
     transform(lambda x: func(Observed.apply(x)), **options)(X)
