@@ -50,7 +50,7 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, partitions and compiled steps
+bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, partitions, compiled steps and compiled transforms
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/small.py
 	@$(PY) benchmarks/growth.py
@@ -61,6 +61,7 @@ bench: build/ready  ## Measure overhead, small problems, growth, batching rules,
 	@$(PY) benchmarks/attention.py
 	@$(PY) benchmarks/partition.py
 	@$(PY) benchmarks/compile_memory.py
+	@$(PY) benchmarks/compile.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py

@@ -371,3 +371,16 @@ def test_inductor_compiles_writes(monkeypatch):
     expected, written = f(mine := x.clone(), y), x.clone()
     assert_close(inductor(graph, [x, y])([written, y]), expected)
     assert_close(written, mine)
+
+
+@pytest.mark.parametrize(("products", "expected"), [(2, 0), (3, 1)])
+def test_many_calls_between_kernels_are_made_in_cpp(products, expected):
+    def f(w, x):
+        for _ in range(products):
+            x = (w @ x).sin()
+        return [x]
+
+    w, x = torch.randn(6, 6), torch.randn(6, 5)
+    (got,), code = torch._inductor.utils.run_and_get_code(lambda: inductor(make_fx(f)(w, x), [w, x])([w, x]))
+    assert sum("inductor_entry_impl" in module for module in code) == expected
+    assert_close(got, f(w, x)[0])
