@@ -46,7 +46,7 @@ def calls(api: Any) -> dict[str, Run]:
         return x.dot(x)
 
     mapped, twice, of_params = api.vmap(same), api.vmap(squares), api.vmap(same)
-    some, nested = api.vmap(second, (None, 0)), api.vmap(second, ({name: 0 for name in matrices}, None), None)
+    some, nested = api.vmap(second, (None, 0)), api.vmap(second, (dict.fromkeys(matrices, 0), None), None)
     with_keyword = api.vmap(keyword)
     slope, slopes, both = api.grad(same), api.grad(one_of), api.grad(second, argnums=(0, 1))
     rows_of, columns_of, curvature = api.jacrev(squares), api.jacfwd(squares), api.hessian(square)
@@ -96,7 +96,12 @@ def timed_workloads(turns: int, only: str) -> dict[str, Times]:
             return lambda: function(*arguments)
 
         ours = workload.build(fl)
-        runs = {"by hand": workload.by_hand, "ours": ours, "torch.func": workload.build(torch.func), "jit": fl.jit(ours)}
+        runs = {
+            "by hand": workload.by_hand,
+            "ours": ours,
+            "torch.func": workload.build(torch.func),
+            "jit": fl.jit(ours),
+        }
         result[workload.name] = in_turns({name: run(function) for name, function in runs.items()}, turns)
     return result
 

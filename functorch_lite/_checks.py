@@ -464,6 +464,6 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
 def no_dependence(transform: str, func: object, path: str) -> str:
     """What to say of an output that does not depend on the primals."""
     return (
-        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass strict=False "
-        f"for a tangent of zeros."
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass "
+        f"strict=False for a tangent of zeros."
     )

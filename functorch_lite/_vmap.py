@@ -202,9 +202,7 @@ def _argument_paths(args: tuple[Any, ...]) -> list[str]:
     return [f"argument {i}{path}" for i, arg in enumerate(args) for path in _tree.paths(arg)]
 
 
-def _flat_in_dims(
-    func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], leaves: list[Any]
-) -> list[int | None]:
+def _flat_in_dims(func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
     if _tree.is_dim(in_dims):
         return [in_dims] * len(leaves)
     # A list works as a tuple does, for the arguments are a tuple.
@@ -212,9 +210,9 @@ def _flat_in_dims(
     if flat is None:
         plural = "s" * (len(args) != 1)
         raise ValueError(
-            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{plural}. Give one int "
-            f"or None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a "
-            f"structure like the argument's."
+            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} does not fit the {len(args)} positional "
+            f"argument{plural}. Give one int or None for all, or a tuple with an entry for each argument; an entry may "
+            f"be an int, None, or a structure like the argument's."
         )
     return flat
 
