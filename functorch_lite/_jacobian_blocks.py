@@ -23,7 +23,7 @@ def needs_imaginary_rows(pullback: Pullback) -> bool:
 
 
 def _rows(pullback: Pullback, unit: complex, chunk_size: ChunkSize, keep_graph: bool) -> list[Tensor]:
-    """``unit`` times each basis vector, pulled back. For primal k [number of outputs, *shape], or, for one, [*shape]."""
+    """``unit`` times each basis vector, pulled back. For a primal [outputs, *shape], or, of one output, [*shape]."""
 
     def linear(*cotangents: Tensor) -> list[Tensor]:
         if unit != 1:

@@ -106,7 +106,7 @@ def push_leaves(
     strict: bool = False,
     has_aux: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], _tree.Spec, Any]:
-    """Run ``call``, which runs ``func``, on duals. Returns the leaves of its output, their tangents, the spec, and aux."""
+    """Run ``call``, which runs ``func``, on duals. Returns its output as leaves, their tangents, the spec, and aux."""
     with _C.AutodiffLevel(True, transform) as level:
         output = call([level.lift_dual(p, t) for p, t in zip(primals, tangents, strict=True)])
         aux = None

@@ -210,9 +210,9 @@ def _flat_in_dims(func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...],
     if flat is None:
         plural = "s" * (len(args) != 1)
         raise ValueError(
-            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} does not fit the {len(args)} positional argument{plural}. Give one int "
-            f"or None for all, or a tuple with an entry for each argument; an entry may be an int, None, or a "
-            f"structure like the argument's."
+            f"vmap({_checks.name_of(func)}): in_dims={in_dims!r} does not fit the {len(args)} positional "
+            f"argument{plural}. Give one int or None for all, or a tuple with an entry for each argument; an entry may "
+            f"be an int, None, or a structure like the argument's."
         )
     return flat
 

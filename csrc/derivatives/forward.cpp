@@ -4,11 +4,13 @@
 // have tangents, makes zeros for those that have none, and each operator goes through the door. Here the result and its
 // tangent are computed one level down, with the operators that are needed.
 #include <ATen/TensorOperators.h>
+#include <ATen/core/Reduction.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/dot.h>
 #include <ATen/ops/elu_backward.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardsigmoid_backward.h>
 #include <ATen/ops/hardswish_backward.h>
@@ -270,6 +272,36 @@ Tensor softplus_backward(const Call& c) {
   return backward_kernel(by_cotangent, c.t(1), at::where(z > c.number(3), 0, c.x(0) * (s * (1 - s) * beta)));
 }
 
+// The same for losses of a difference d = x - target: arguments g, x, target, reduction, and that of the loss.
+Tensor loss_backward(const Call& c, Tensor (*curvature)(const Tensor& d, const Call& c)) {
+  Tensor by_cotangent;
+  if (c.has(0)) {
+    Stack stack(c.arguments.begin(), c.arguments.end());
+    stack[0] = c.t(0);
+    c.op.callBoxed(&stack);
+    by_cotangent = stack.back().toTensor();
+  }
+  if (!c.has(1) && !c.has(2)) return by_cotangent;
+  const auto moved = !c.has(2) ? c.t(1) : c.has(1) ? c.t(1) - c.t(2) : -c.t(2);
+  const auto d = c.x(1) - c.x(2);
+  auto slope = c.x(0) * curvature(d, c);
+  if (c.arguments[3].toInt() == at::Reduction::Mean) slope = slope / d.sym_numel();
+  return backward_kernel(by_cotangent, moved, slope);
+}
+Tensor within(const Tensor& d, double bound, double inside) { return (d.abs() < bound).to(d.scalar_type()) * inside; }
+Tensor mse_loss_backward(const Call& c) {
+  return loss_backward(c, [](const Tensor& d, const Call&) { return at::full_like(d, 2); });
+}
+Tensor smooth_l1_loss_backward(const Call& c) {
+  return loss_backward(c, [](const Tensor& d, const Call& c) {
+    const auto beta = c.arguments[4].toDouble();
+    return within(d, beta, beta == 0 ? 0 : 1 / beta);
+  });
+}
+Tensor huber_loss_backward(const Call& c) {
+  return loss_backward(c, [](const Tensor& d, const Call& c) { return within(d, c.arguments[4].toDouble(), 1); });
+}
+
 // Functions of two arguments.
 
 // Tangents of the arguments where they are chosen, and half of each where both are equal.
@@ -351,6 +383,9 @@ const std::vector<DerivativeRow>& forward_derivatives() {
       only_forward("relu", tangent::push<tangent::relu>),
       only_forward("softplus", tangent::push<tangent::softplus>),
       only_forward("threshold", tangent::push<tangent::threshold>),
+      only_forward("huber_loss_backward", tangent::push<tangent::huber_loss_backward>),
+      only_forward("mse_loss_backward", tangent::push<tangent::mse_loss_backward>),
+      only_forward("smooth_l1_loss_backward", tangent::push<tangent::smooth_l1_loss_backward>),
       only_forward("sigmoid_backward", tangent::push<tangent::sigmoid_backward>),
       only_forward("softplus_backward", tangent::push<tangent::softplus_backward>),
       only_forward("tanh_backward", tangent::push<tangent::tanh_backward>),

@@ -419,7 +419,7 @@ def test_a_memory_budget_is_kept(name):
 
 
 def passes_of(transform, func, **options):
-    """The level at which each backward pass of ``func`` ran: the batch size of a vmap, 1 if alone, or another's name."""
+    """The level at which each backward pass of ``func`` ran: the batch size of a vmap, 1 without one, or a name."""
     levels = []
 
     class Observed(torch.autograd.Function):
