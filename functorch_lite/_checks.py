@@ -462,7 +462,6 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
 def no_dependence(transform: str, func: object, path: str) -> str:
     """What to say of an output that does not depend on the primals."""
     return (
-<<<<<<< HEAD
         f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. "
         f"Pass strict=False for a tangent of zeros."
     )
@@ -514,8 +513,4 @@ def compiled_capture(name: str) -> str:
     return (
         f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as "
         f"an argument."
-=======
-        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass "
-        f"strict=False for a tangent of zeros."
->>>>>>> surface
     )
