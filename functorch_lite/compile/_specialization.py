@@ -84,9 +84,7 @@ class Specialization:
     def __init__(self, trace: Trace, options: Options) -> None:
         self.trace, self.options = trace, options
         trace.graph_module.graph = _passes.simplify(trace.graph_module.graph)
-        self.is_differentiated = bool(trace.differentiated) and any(
-            gradient is not None for gradient in trace.output_nodes()[trace.packed_results.count :]
-        )
+        self.is_differentiated = bool(trace.differentiated)
         self._needed = self._inputs_of_gradients()
         if self.is_differentiated:
             self._split()
