@@ -156,6 +156,7 @@ class BackwardPass {
 
 std::optional<std::vector<Tensor>> try_backward_pass(const BackwardRequest& request) {
   if (torch::autograd::AnomalyMode::is_enabled() || torch::autograd::get_current_graph_task_id() != -1) return {};
+  if (a_mode_is_on()) return {};
   BackwardPass pass(request);
   if (!pass.plan()) return {};
   return pass.run();

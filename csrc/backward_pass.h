@@ -23,7 +23,8 @@ struct BackwardRequest {
 
 // The cotangents of the inputs, undefined where no output depends on one; the same numbers as PyTorch's engine finds,
 // in the same order. Nothing, and nothing has run, if the graph needs that engine: for hooks, other devices than the
-// CPU, anomaly mode, a pass inside of another one, leaves beside the inputs, or inputs that are no leaves.
+// CPU, anomaly mode, dispatch modes (tracing asks the engine which node runs), a pass inside of another one, leaves
+// beside the inputs, or inputs that are no leaves.
 std::optional<std::vector<at::Tensor>> try_backward_pass(const BackwardRequest& request);
 
 }  // namespace functorch_lite

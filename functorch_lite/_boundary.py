@@ -149,20 +149,20 @@ def name_of_tensor(tensor: Tensor) -> str:
     return ""
 
 
-def warn_loop(operator: str) -> None:
-    """Warn, attributed to the user's line, that ``operator`` runs example by example."""
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, attributed to the user's line."""
     frame = _user_frame()
-    message = (
-        f"vmap: {operator} has no batching rule, so it runs once for each example. This is right but slow; "
-        f"see docs/batching_rules.md for how to add a rule."
-    )
     if frame is None:
-        warnings.warn(message, _checks.LoopFallbackWarning, stacklevel=1)
+        warnings.warn(message, category, stacklevel=1)
         return
-    warnings.warn_explicit(
-        message,
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, registry=registry)
+
+
+def warn_loop(operator: str) -> None:
+    """Warn that ``operator`` runs example by example."""
+    warn(
+        f"vmap: {operator} has no batching rule, so it runs once for each example. This is right but slow; "
+        f"see docs/batching_rules.md for how to add a rule.",
         _checks.LoopFallbackWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )

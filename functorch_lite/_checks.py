@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -221,14 +220,13 @@ def compiler_of(called: str, backend: Any, named: Mapping[str, Callable[..., Any
     return named[backend]
 
 
-def warn_of_many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> None:
-    """Warn: compiling takes longer than it saves."""
+def many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | None, dynamic: bool) -> str:
+    """A warning: compiling takes longer than it saves."""
     what = "" if changed is None else f" The last time {changed[0]} was {changed[2]} and before that {changed[1]}."
     sizes = "" if dynamic else " For changing sizes, use jit(..., dynamic=True)."
-    warnings.warn(
+    return (
         f"jit: {name} was compiled {count} times, for arguments that differ from each other.{what} For changing "
-        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}",
-        stacklevel=2,
+        f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}"
     )
 
 
@@ -464,6 +462,55 @@ def refuse_checkpointed_write(function: str, target: Tensor) -> None:
 def no_dependence(transform: str, func: object, path: str) -> str:
     """What to say of an output that does not depend on the primals."""
     return (
-        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. Pass "
-        f"strict=False for a tangent of zeros."
+        f"{transform}: output{path} of {name_of(func)} does not depend on the primals, and strict=True. "
+        f"Pass strict=False for a tangent of zeros."
+    )
+
+
+# torch.compile.
+
+
+def no_torch_compile(error: Exception) -> str:
+    return (
+        f"functorch_lite: torch.compile does not understand the transforms in this version of torch ({error}). Call "
+        f"compiled functions inside transforms, and not the other way round."
+    )
+
+
+def compiled_map() -> str:
+    return (
+        "vjp, linearize, linear_transpose: the function that they return cannot be passed into a compiled function, "
+        "nor out of one. Call them, and it, in the same compiled function, or both outside."
+    )
+
+
+def compiled_chunks() -> str:
+    return (
+        "vmap: got chunk_size and a randomness other than 'error' in a compiled function, where chunks cannot share "
+        "one stream of random numbers. Leave out chunk_size, or call this vmap outside torch.compile."
+    )
+
+
+def compiled_stack() -> str:
+    return (
+        "stack_module_state: the stacked parameters are new leaves that require grad, which a compiled function cannot "
+        "make. Call it outside torch.compile and pass what it returns."
+    )
+
+
+def compiled_auto_chunks() -> str:
+    return (
+        "chunk_size='auto' measures memory, which a compiled function cannot. Pass a number, or call this transform "
+        "outside torch.compile."
+    )
+
+
+def compiled_custom(name: str) -> str:
+    return f"{name}: was made inside the compiled function. Define it, and its rule, outside torch.compile."
+
+
+def compiled_capture(name: str) -> str:
+    return (
+        f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as "
+        f"an argument."
     )

@@ -31,7 +31,7 @@ class _Custom:
         given = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
         self._nondiff_argnums = given
         functools.update_wrapper(self, func)
-        self._run = boundary(self._decorator, self._call)
+        self._run = boundary(self._decorator, functools.partial(_call, self))
 
     @property
     def _name(self) -> str:
@@ -44,14 +44,15 @@ class _Custom:
     def _operation(self, arguments: _Arguments) -> Operation:
         raise NotImplementedError
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.kwargs:
-            _checks.refuse_keyword_only(self._name, next(iter(bound.kwargs)))
-        arguments = _Arguments(self._decorator, bound.args, self._nondiff_argnums)
-        outputs = call(self._operation(arguments), arguments.leaves)
-        return _tree.unflatten(outputs, arguments.output_spec)
+
+def _call(custom: _Custom, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bound = custom._signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        _checks.refuse_keyword_only(custom._name, next(iter(bound.kwargs)))
+    arguments = _Arguments(custom._decorator, bound.args, custom._nondiff_argnums)
+    outputs = call(custom._operation(arguments), arguments.leaves)
+    return _tree.unflatten(outputs, arguments.output_spec)
 
 
 class _Arguments:

@@ -1,5 +1,13 @@
 """Import: check that the extension fits the running torch, then connect its two halves."""
 
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -61,3 +69,44 @@ def connect() -> None:
     _checkpoint.install()
     _saved_tensors.install()
     _library_rules.install()
+    import_after("torch._dynamo", "functorch_lite._dynamo")
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Finds a module as Python does, and has another one imported when its code has run."""
+
+    def __init__(self, name: str, then: str) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_both(module: ModuleType) -> None:
+            execute(module)
+            _import_or_warn(self.then)
+
+        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
+        return spec
+
+
+def _import_or_warn(name: str) -> None:
+    from functorch_lite import _checks
+
+    try:
+        importlib.import_module(name)
+    except (ImportError, AttributeError) as error:  # it uses what PyTorch may change
+        warnings.warn(_checks.no_torch_compile(error), stacklevel=2)
+
+
+def import_after(name: str, then: str) -> None:
+    """Import ``then`` when ``name`` is imported, now or later: it is slow to import, and may never be needed."""
+    if name in sys.modules:
+        _import_or_warn(then)
+    else:
+        sys.meta_path.insert(0, _After(name, then))

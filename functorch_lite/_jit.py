@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from functorch_lite import _checks
+from functorch_lite import _boundary, _checks
 
 Backend = Literal["replay", "inductor"] | Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 File = str | PathLike[str] | IO[bytes]
@@ -78,8 +78,10 @@ def jit(func: Callable[..., Any], backend: Backend = "replay", *, dynamic: bool 
     call.save = save  # type: ignore[attr-defined]
     if isinstance(func, nn.Module):
         call.__name__, call.__doc__ = name, type(func).__doc__
-        return call
-    return functools.update_wrapper(call, func)
+    else:
+        functools.update_wrapper(call, func)
+    call._torchdynamo_inline = func  # type: ignore[attr-defined]  # as for aot_function
+    return call
 
 
 def _named_backends() -> dict[str, Callable[..., Any]]:
@@ -114,7 +116,7 @@ class _Watch:
         self._count += 1
         if self._count == _MANY:
             changed = next(((k, self._last.get(k), v) for k, v in now.items() if self._last.get(k) != v), None)
-            _checks.warn_of_many_graphs(self._name, self._count, changed, self._dynamic)
+            _boundary.warn(_checks.many_graphs(self._name, self._count, changed, self._dynamic))
         self._last = now
 
 

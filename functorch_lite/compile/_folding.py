@@ -22,6 +22,7 @@ _LIKE = {
 # Constants are computed when a graph is compiled, and larger ones not at all.
 _MAX_NUMEL = 1 << 24
 
+# Results share no memory with factors. Inductor leaves out copies that nobody could tell from the original.
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -46,7 +47,7 @@ def products_with_identities(graph: fx.Graph) -> dict[fx.Node, _Product]:
 def _repeat_right(left: Tensor, right: Tensor) -> Tensor:
     *batch, rows, columns = left.shape
     copies = right.unsqueeze(-3).expand(*batch, rows // columns, *right.shape[-2:])
-    return copies.reshape(*batch, rows, right.shape[-1])
+    return copies.clone(memory_format=torch.contiguous_format).reshape(*batch, rows, right.shape[-1])
 
 
 def _keep_left(left: Tensor, right: Tensor) -> Tensor:

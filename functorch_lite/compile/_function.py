@@ -71,7 +71,11 @@ def num_of_recompilations() -> int:
 class CompiledLeaves:
     """A function of leaves, and its graphs by what they depend on."""
 
-    def __init__(self, function: LeavesFunction, options: Options, static_inputs: int = 0) -> None:
+    def __init__(
+        self, function: LeavesFunction, options: Options, static_inputs: int = 0, is_users: bool = False
+    ) -> None:
+        """``static_inputs``: how many have sizes that never change. ``is_users``: see `_trace.trace`."""
+        self.is_users = is_users
         self.function, self.options, self._static_inputs = function, options, static_inputs
         self._entries: dict[Any, list[_Entry]] = {}
         #: Told of each graph, with the names and leaves of the arguments.
@@ -175,7 +179,7 @@ class _Entry:
             of_bases = function if bases is None else bases.function(function)
             taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
             options = compiled.options
-            return _trace.trace(of_bases, taken, options.decompositions, options.dynamic)
+            return _trace.trace(of_bases, taken, options.decompositions, options.dynamic, compiled.is_users)
 
         self._bases = _bases.of_views(arguments.tensors)
         trace = traced(self._bases)

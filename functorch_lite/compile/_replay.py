@@ -20,6 +20,9 @@ from functorch_lite.compile._backends import make_boxed_func
 _MOST_PROGRAMS = 128
 
 _UNKNOWN_SIZES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+#: So are these marked, for masks among the indices.
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
+_MASKS = (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def _is_recordable(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         values = pytree.tree_leaves(_nodes.value_of(node))
         sizes_are_known = not any(tag in node.target.tags for tag in _UNKNOWN_SIZES)
+        if node.target in _INDEXING:
+            indices = [_nodes.value_of(source) for source in node.all_input_nodes[1:]]
+            sizes_are_known = all(isinstance(x, Tensor) and x.dtype not in _MASKS for x in indices)
         return sizes_are_known and not any(free_unbacked_symbols(x) for x in values if isinstance(x, Tensor))
     return _nodes.is_getitem(node) or _nodes.is_number(node)
 

@@ -118,8 +118,25 @@ def trace(
     inputs: Sequence[Input],
     decompositions: Decompositions,
     symbolic: bool,
+    is_users: bool = True,
 ) -> Trace:
-    """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode."""
+    """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode.
+
+    ``is_users``: whether it is the user's own function, which must not keep tensors, and not one that calls it.
+    """
+    trace, run = _traced_in_some_way(function, inputs, decompositions, symbolic)
+    run.let_go()
+    # One belongs to the level itself. Cycles may hold others that nobody can reach.
+    if is_users and run.level.tensors_alive > 1:
+        gc.collect()
+        if run.level.tensors_alive > 1:
+            _checks.refuse_kept_tensors(run.level.tensors_alive - 1)
+    return trace
+
+
+def _traced_in_some_way(
+    function: TensorsFunction, inputs: Sequence[Input], decompositions: Decompositions, symbolic: bool
+) -> tuple[Trace, _TracedRun]:
     try:
         return _traced(function, [replace(one) for one in inputs], decompositions, symbolic, copies=False)
     except (RuntimeError, ValueError) as error:
@@ -142,7 +159,7 @@ def _traced(
     decompositions: Decompositions,
     symbolic: bool,
     copies: bool,
-) -> Trace:
+) -> tuple[Trace, _TracedRun]:
     # Sizes that happen to be equal in this call need not be equal in the next. And without allow_non_fake_inputs: a
     # real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
@@ -151,14 +168,7 @@ def _traced(
         plain = Packing(run.fakes).flatten(run.fakes)
         with explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
-    trace = run.finished(module)
-    run.let_go()
-    # One belongs to the level itself. Cycles may hold others that nobody can reach.
-    if run.level.tensors_alive > 1:
-        gc.collect()
-    if run.level.tensors_alive > 1:
-        _checks.refuse_kept_tensors(run.level.tensors_alive - 1)
-    return trace
+    return run.finished(module), run
 
 
 class CapturedWrapperError(Exception):

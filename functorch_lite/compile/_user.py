@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -85,7 +86,9 @@ def aot_function(
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled.call_with(args, kwargs, lambda: _arguments.names(fn, args, kwargs))
 
-    return functools.update_wrapper(call, fn)
+    functools.update_wrapper(call, fn)
+    call._torchdynamo_inline = fn  # type: ignore[attr-defined]  # what torch.compile puts into a graph of its own
+    return call
 
 
 def compiled_function(fn: Callable[..., Any], options: Options, static_inputs: int = 0) -> CompiledLeaves:
@@ -95,7 +98,7 @@ def compiled_function(fn: Callable[..., Any], options: Options, static_inputs: i
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         return pytree.tree_flatten(fn(*args, **kwargs))
 
-    return CompiledLeaves(of_leaves, options, static_inputs)
+    return CompiledLeaves(of_leaves, options, static_inputs, is_users=True)
 
 
 def options_of(
@@ -158,7 +161,7 @@ class _CompiledModule(nn.Module):
         super().__init__()
         self.orig_mod = mod
         self._state = _State(mod)
-        self._compiled = CompiledLeaves(self._of_leaves, options, len(self._state.tensors()))
+        self._compiled = CompiledLeaves(self._of_leaves, options, len(self._state.tensors()), is_users=True)
 
     def _of_leaves(self, leaves: list[Any], structure: Any) -> tuple[list[Any], Any]:
         names, in_structure, _ = structure
@@ -188,6 +191,8 @@ class _CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.orig_mod(*args, **kwargs)
         outputs, structure = self._compiled.call(*self._call(args, kwargs))
         output, replaced = pytree.tree_unflatten(outputs, structure)
         for name, tensor in replaced.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functorch_lite import grad, hessian, jacrev, vjp, vmap
 
@@ -152,6 +153,20 @@ def test_a_leaf_of_the_function_is_not_touched():
 def test_anomaly_mode_finds_nan():
     with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="SqrtBackward0.*nan"):
         grad(lambda x: (x.sqrt() * 0).sum())(torch.zeros(2))
+
+
+def test_dispatch_modes_learn_which_node_runs():
+    seen = []
+
+    class Nodes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if (node := torch._C._current_autograd_node()) is not None:
+                seen.append(node.name())
+            return func(*args, **(kwargs or {}))
+
+    with Nodes():
+        grad(lambda x: x.sin().sum())(torch.rand(3))
+    assert "SinBackward0" in seen
 
 
 class InsideBackward(Function):

@@ -45,9 +45,12 @@ class Implementation:
     makes_lists: bool = False
     refusals: str = r"^\w+: (compile|aot_\w+|functionalize|vmap|grad|vjp|jvp)\b.*: "
 
-    def function(self, func: Callable[..., Any], min_cut: bool = False, **options: Any) -> Callable[..., Any]:
-        """The function compiled, with graphs that run as they are."""
-        return self.api.aot_function(func, as_it_is, partition_fn=self._partition(min_cut), **options)
+    def function(
+        self, func: Callable[..., Any], min_cut: bool = False, replay: bool = False, **options: Any
+    ) -> Callable[..., Any]:
+        """The function compiled, with graphs that run as they are, or are recorded and replayed."""
+        compiler = self.api.replay if replay else as_it_is
+        return self.api.aot_function(func, compiler, partition_fn=self._partition(min_cut), **options)
 
     def module(self, module: torch.nn.Module, min_cut: bool = False, **options: Any) -> torch.nn.Module:
         """The module compiled, with graphs that run as they are."""
