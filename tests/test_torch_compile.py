@@ -344,9 +344,11 @@ STEPS = {
     "aot_function": lambda x: COMPILED(x),
     "vmap of aot_function": lambda x: fl.vmap(COMPILED)(x),
     "aot_module": lambda x: fl.vmap(COMPILED_MODULE)(x),
+    "jit": lambda x: fl.vmap(JITTED)(x),
     "vmap of a compiled function": lambda x: fl.vmap(torch.compile(lambda y: y * y))(x),
 }  # fmt: skip
 COMPILED = aot_function(field, nop)
+JITTED = fl.jit(field)
 COMPILED_MODULE = aot_module(nn.Linear(3, 2), nop)
 
 
