@@ -33,6 +33,19 @@ bool reads_shape_only(const c10::OperatorHandle& op) {
   return names.count(name_of(op)) != 0;
 }
 
+// `mul_` for `mul`, if it takes the same arguments.
+std::optional<c10::OperatorHandle> in_place_form(const c10::OperatorHandle& op) {
+  const auto& schema = op.schema();
+  const auto form = c10::Dispatcher::singleton().findSchema({name_of(op) + "_", op.operator_name().overload_name});
+  if (!form.has_value() || aliasing_of(schema).any || schema.returns().size() != 1) return std::nullopt;
+  const auto& arguments = form->schema().arguments();
+  if (written_argument(form->schema(), 0) != 0 || arguments.size() != schema.arguments().size()) return std::nullopt;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (*arguments[i].type() != *schema.arguments()[i].type()) return std::nullopt;
+  }
+  return form;
+}
+
 bool is_full_of(const at::Tensor& constant, double number) {
   return constant.defined() && at::equal(constant, at::full_like(constant, number));
 }
@@ -56,9 +69,18 @@ Recorder::Recorder(bool simplifies)
 
 Slot Recorder::add(const at::Tensor& tensor) {
   const auto slot = static_cast<Slot>(values_.size());
-  Value value{
-      .layout = {}, .base = slot, .offset = 0, .memory = slot, .same_as = slot, .constant = {}, .is_input = false};
-  if (tensor.defined() && is_dense(tensor)) value.layout = Layout::of(tensor);
+  Value value{.layout = {},
+              .dense_dtype = {},
+              .base = slot,
+              .offset = 0,
+              .memory = slot,
+              .same_as = slot,
+              .constant = {},
+              .is_input = false};
+  if (tensor.defined() && is_dense(tensor)) {
+    value.layout = Layout::of(tensor);
+    if (tensor.is_non_overlapping_and_dense()) value.dense_dtype = tensor.scalar_type();
+  }
   values_.push_back(std::move(value));
   return slot;
 }
@@ -232,6 +254,50 @@ void Recorder::leave_out_what_is_not_used() {
   }
 }
 
+// The slot whose memory this one shows.
+Slot Recorder::storage_of(Slot slot) const {
+  while (true) {
+    const auto base = values_[values_[slot].same_as].base;
+    if (values_[base].memory == base) return base;
+    slot = values_[base].memory;
+  }
+}
+
+// Elementwise operators write into their first argument where nobody reads its memory later.
+void Recorder::write_into_what_is_not_used_again() {
+  auto& steps = program_->steps_;
+  std::unordered_map<Slot, size_t> last_step;  // of each memory
+  for (size_t i = 0; i < steps.size(); ++i) {
+    if (const auto* call = std::get_if<Program::Call>(&steps[i].does)) {
+      for (const auto& operand : call->operands) last_step[storage_of(operand.slot)] = i;
+    } else {
+      last_step[storage_of(std::get<Program::View>(steps[i].does).base)] = i;
+    }
+  }
+  for (const auto output : program_->outputs_) last_step[storage_of(output)] = steps.size();
+  for (size_t i = 0; i < steps.size(); ++i) {
+    auto* call = std::get_if<Program::Call>(&steps[i].does);
+    if (call == nullptr || call->operands.empty() || !call->op.hasTag(at::Tag::pointwise)) continue;
+    const auto form = in_place_form(call->op);
+    const auto [argument, element, slot] = call->operands[0];
+    if (!form.has_value() || argument != 0 || element >= 0 || call->results.size() != 1) continue;
+    const auto storage = storage_of(slot);
+    const auto& target = values_[slot];
+    const auto& result = values_[call->results[0]];
+    const bool fits = target.dense_dtype.has_value() && target.dense_dtype == result.dense_dtype &&
+                      target.layout == result.layout && result.memory == call->results[0];
+    const bool is_ours = storage == slot && !target.is_input && !target.constant.defined();
+    const bool is_read_by_others =
+        std::any_of(call->operands.begin() + 1, call->operands.end(),
+                    [&](const SlotOperand& other) { return storage_of(other.slot) == storage; });
+    if (!fits || !is_ours || is_read_by_others || last_step[storage] != i) continue;
+    call->op = *form;
+    call->in_place = true;
+    // From here on the memory is used as long as that of the result.
+    last_step[storage] = std::max(i, last_step[call->results[0]]);
+  }
+}
+
 // Puts the tensors that never change where the calls have them.
 void Recorder::embed_constants() {
   for (auto& step : program_->steps_) {
@@ -286,6 +352,7 @@ std::pair<c10::intrusive_ptr<Program>, Tensors> Recorder::finish(const Tensors& 
   }
   keep_outputs_apart();
   leave_out_what_is_not_used();
+  if (simplifies_) write_into_what_is_not_used_again();
   embed_constants();
   renumber();
   outside_.clear();

@@ -26,6 +26,8 @@ class Recorder final : public Level {
   // What is known of a tensor.
   struct Value {
     Layout layout;
+    // The dtype, if it lies in memory without gaps and overlaps.
+    std::optional<c10::ScalarType> dense_dtype;
     // The tensor in whose memory this one lies, `offset` elements further on, and whose layout is known; or itself.
     Slot base;
     int64_t offset;
@@ -51,8 +53,11 @@ class Recorder final : public Level {
   bool is_constant(const Recorded& recorded) const;
   std::optional<Slot> equal_operand(const Recorded& recorded, const at::Tensor& result) const;
 
+  Slot storage_of(Slot slot) const;
+
   void keep_outputs_apart();
   void leave_out_what_is_not_used();
+  void write_into_what_is_not_used_again();
   void embed_constants();
   void renumber();
 

@@ -22,6 +22,7 @@ at::Tensor Program::show(const View& view, const Tensors& slots) {
 void Program::perform(const Call& call, Tensors& slots, Stack& stack) {
   push_arguments(stack, call.arguments, call.operands, slots);
   call.op.callBoxed(&stack);
+  if (call.in_place) slots[call.results[0]] = stack[0].toTensor();
   size_t i = 0;
   for_each_new_result(call.op.schema(), stack.data(),
                       [&](const at::Tensor& result) { slots[call.results[i++]] = result; });

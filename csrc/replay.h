@@ -40,6 +40,8 @@ class Program final : public c10::intrusive_ptr_target {
     Stack arguments;
     std::vector<SlotOperand> operands;
     std::vector<Slot> results;
+    // Whether the result is the first argument, which is not used again.
+    bool in_place = false;
   };
   // A tensor in the memory of another one, `offset` elements after its beginning.
   struct View {

@@ -44,7 +44,7 @@ X = torch.rand(3, 3)
         (lambda x: [torch.zeros(3, 3) - x], ["sub.Tensor"]),
         (lambda x: [torch.ones(3, 3) / x], ["div.Tensor"]),
         (lambda x: [x.sum(0) + torch.zeros(3, 3)], ["sum.dim_IntList", "add.Tensor"]),
-        (lambda x: [x.double() * 1], ["_to_copy", "mul.Tensor"]),
+        (lambda x: [x.double() * 1], ["_to_copy", "mul_.Tensor"]),
         (lambda x: [x.half() + torch.zeros(3, 3)], ["_to_copy", "add.Tensor"]),
         (lambda x: [torch.add(torch.zeros(3, 3), x, alpha=2)], ["add.Tensor"]),
         (lambda x: [torch.eye(3)[:2] @ x], ["mm"]),
@@ -160,3 +160,33 @@ def test_infinities():
     compiled = fl.jit(lambda x: torch.eye(2) @ x)
     compiled(x)
     assert_close(compiled(x), x)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x: [x.sin().cos().mul(2) + 1], ["sin", "cos_", "mul_.Tensor", "add_.Tensor"]),
+        (lambda x: [(x.sin() * x).exp()], ["sin", "mul_.Tensor", "exp_"]),
+        # The input, what is returned, and what is used later stay as they are.
+        (lambda x: [x * 2], ["mul.Tensor"]),
+        (lambda x: (lambda y: [y, y.cos()])(x.sin()), ["sin", "cos"]),
+        (lambda x: (lambda y: [y.cos(), y.exp()])(x.sin()), ["sin", "cos", "exp_"]),
+        (lambda x: (lambda y: [y.cos(), y[1:] * 2])(x.sin()), ["sin", "cos", "mul.Tensor"]),
+        (lambda x: (lambda y: [y + y.T])(x.sin()), ["sin", "add.Tensor"]),
+        (lambda x: (lambda y: [y[0].cos(), y[0].exp()])(x.sin()), ["sin", "cos", "exp"]),
+        (lambda x: (lambda y: [(y + torch.zeros(3, 3)).cos(), y.T.exp()])(x.sin()), ["sin", "cos", "exp"]),
+        # Nor does what has another shape, dtype or layout.
+        (lambda x: [x.sum(0) * x], ["sum.dim_IntList", "mul.Tensor"]),
+        (lambda x: [x.sin() > 0.5], ["sin", "gt.Scalar"]),
+        (lambda x: [x[0].sin().expand(3, 3) * x], ["sin", "mul.Tensor"]),
+    ],
+)
+def test_writes_into_what_is_not_used_again(f, expected):
+    assert calls(program_of(f, X)) == expected
+
+
+def test_writes_into_views_of_other_dtypes():
+    """The memory is that of a tensor that is read later through a view of another dtype."""
+    program_of(lambda x: (lambda z: [z.exp(), torch.view_as_real(z) * 2])(torch.complex(x.sin(), x.cos())), X)
+    program_of(lambda x: (lambda y: [y.view(torch.int32) + 1, y.exp()])(x.sin()), X)
+    program_of(lambda x: (lambda z: [z.imag * 2, z.exp()])(torch.complex(x, x)), X)
