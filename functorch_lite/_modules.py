@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_RECURRENT_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d+")
 
 
 def functional_call(
@@ -146,6 +149,16 @@ def _swapped(module: nn.Module, swaps: dict[str, Tensor]) -> Iterator[Any]:
     finally:
         for name, (tensors, key) in slots.items():
             tensors[key] = before[name]
+        _update_recurrent(module, slots)
+
+
+def _update_recurrent(module: nn.Module, names: Iterable[str]) -> None:
+    """Recurrent modules have a list of their weights, which otherwise keeps the given ones until the next call."""
+    of_weights = [name.rpartition(".") for name in names if _RECURRENT_WEIGHT.search(name)]
+    for path in {path for path, _, _ in of_weights}:
+        owner = module.get_submodule(path)
+        if isinstance(owner, nn.RNNBase):
+            owner._update_flat_weights()
 
 
 def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

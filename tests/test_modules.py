@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -302,3 +304,14 @@ def test_hessian(network):
     with sdpa_kernel(SDPBackend.MATH):
         expected = torch.autograd.functional.hessian(by_bias, bias)
     torch.testing.assert_close(hessian(by_bias)(bias), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_modules_do_not_keep_what_they_were_called_with(kind):
+    model = nn.Sequential(kind(2, 3, bidirectional=True))
+    given = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    kept = [weakref.ref(tensor) for tensor in given.values()]
+    functional_call(model, given, torch.ones(4, 2))
+    given.clear()
+    assert [ref() for ref in kept] == [None] * len(kept)
+    assert all(any(w is p for p in model.parameters()) for w in model[0]._flat_weights)
