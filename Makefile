@@ -62,6 +62,7 @@ bench: build/ready  ## Measure overhead, small problems, growth, batching rules,
 	@$(PY) benchmarks/partition.py
 	@$(PY) benchmarks/compile_memory.py
 	@$(PY) benchmarks/compile.py
+	@$(PY) benchmarks/torch_compile.py
 
 clean:  ## Remove what was built, and .venv
 	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py

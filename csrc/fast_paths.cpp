@@ -116,10 +116,6 @@ std::optional<int64_t> common_batch_dim(const Operand& a, const Operand& b) {
   return batched.bdim;
 }
 
-// PyTorch's is wrong; derivatives/forward.cpp has it.
-template <class Op>
-constexpr bool kHasForwardRule = std::is_same_v<Op, at::_ops::div_Tensor>;
-
 // What an autodiff level does with a call of an operator that has no aliases and no derivative rule of our own.
 enum class Part { kRecord, kRunBelow, kBoxed };
 
@@ -141,7 +137,9 @@ class Arguments {
     if (!is_simple_) return Part::kBoxed;
     if (c10::impl::tls_local_dispatch_key_set().excluded_.has_any(c10::autograd_dispatch_keyset)) return Part::kBoxed;
     const auto modes = AutogradModes::current();
-    return any_variable_ && (level_.is_forward() ? modes.forward_grad : modes.grad) ? Part::kRecord : Part::kRunBelow;
+    // In forward mode the rules of derivatives/forward.cpp act.
+    if (level_.is_forward()) return any_variable_ && modes.forward_grad ? Part::kBoxed : Part::kRunBelow;
+    return any_variable_ && modes.grad ? Part::kRecord : Part::kRunBelow;
   }
 
  private:
@@ -200,7 +198,7 @@ Tensor unary(c10::DispatchKeySet keys, const Tensor& x, const Rest&... rest) {
 template <class Op, class... Rest>
 Tensor binary_of_tensors(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const Rest&... rest) {
   auto* level = level_on_top();
-  if (level != nullptr && level->differentiates() && !(level->is_forward() && kHasForwardRule<Op>)) {
+  if (level != nullptr && level->differentiates()) {
     return differentiate<Op>(static_cast<AutodiffLevel&>(*level), keys, x, y, rest...);
   }
   if (level != nullptr && is_vmap(*level)) {

@@ -45,6 +45,8 @@ def flat_graph(
     if any(write.shape is not None for write in trace.writes) or (trace.writes and arguments.shared):
         _checks.refuse_written_view(caller)
     parts = _Parts(trace)
+    if not dynamic:
+        trace.check_that_nothing_is_kept()
     parts.finish()
     parts.take_all_leaves(arguments, names)
     graph = parts.graph

@@ -74,7 +74,7 @@ class CompiledLeaves:
     def __init__(
         self, function: LeavesFunction, options: Options, static_inputs: int = 0, is_users: bool = False
     ) -> None:
-        """``static_inputs``: how many have sizes that never change. ``is_users``: see `_trace.trace`."""
+        """``static_inputs``: how many have sizes that never change. ``is_users``: no other one calls the user's."""
         self.is_users = is_users
         self.function, self.options, self._static_inputs = function, options, static_inputs
         self._entries: dict[Any, list[_Entry]] = {}
@@ -179,7 +179,7 @@ class _Entry:
             of_bases = function if bases is None else bases.function(function)
             taken = [replace(x) for x in inputs] if bases is None else bases.inputs(inputs, arguments.tensors)
             options = compiled.options
-            return _trace.trace(of_bases, taken, options.decompositions, options.dynamic, compiled.is_users)
+            return _trace.trace(of_bases, taken, options.decompositions, options.dynamic)
 
         self._bases = _bases.of_views(arguments.tensors)
         trace = traced(self._bases)
@@ -203,6 +203,9 @@ class _Entry:
             if member is tensor
         ]
         self.specialization = Specialization(trace, compiled.options)
+        # With symbolic sizes PyTorch's tracer keeps some itself.
+        if compiled.is_users and not compiled.options.dynamic:
+            trace.check_that_nothing_is_kept()
         self._dynamic = [i for i, one in enumerate(inputs) if one.dynamic]
         self._is_compiled = False
         self._guards = trace.guards() if self._dynamic else None

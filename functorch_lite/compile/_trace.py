@@ -71,6 +71,15 @@ class Trace:
     shape_env: ShapeEnv
     #: Arguments that the function also found elsewhere, by their numbers.
     found_elsewhere: dict[int, Tensor]
+    level: _C.AutodiffLevel
+
+    def check_that_nothing_is_kept(self) -> None:
+        """Require that no tensor of the run is left, now that the graph has been simplified."""
+        # One belongs to the level itself. Cycles may hold others that nobody can reach.
+        if self.level.tensors_alive > 1:
+            gc.collect()
+            if self.level.tensors_alive > 1:
+                _checks.refuse_kept_tensors(self.level.tensors_alive - 1)
 
     @functools.cached_property
     def packed_inputs(self) -> Packing:
@@ -118,25 +127,8 @@ def trace(
     inputs: Sequence[Input],
     decompositions: Decompositions,
     symbolic: bool,
-    is_users: bool = True,
 ) -> Trace:
-    """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode.
-
-    ``is_users``: whether it is the user's own function, which must not keep tensors, and not one that calls it.
-    """
-    trace, run = _traced_in_some_way(function, inputs, decompositions, symbolic)
-    run.let_go()
-    # One belongs to the level itself. Cycles may hold others that nobody can reach.
-    if is_users and run.level.tensors_alive > 1:
-        gc.collect()
-        if run.level.tensors_alive > 1:
-            _checks.refuse_kept_tensors(run.level.tensors_alive - 1)
-    return trace
-
-
-def _traced_in_some_way(
-    function: TensorsFunction, inputs: Sequence[Input], decompositions: Decompositions, symbolic: bool
-) -> tuple[Trace, _TracedRun]:
+    """Trace ``function``, which takes tensors and returns the leaves of its output, in the caller's grad mode."""
     try:
         return _traced(function, [replace(one) for one in inputs], decompositions, symbolic, copies=False)
     except (RuntimeError, ValueError) as error:
@@ -159,7 +151,7 @@ def _traced(
     decompositions: Decompositions,
     symbolic: bool,
     copies: bool,
-) -> tuple[Trace, _TracedRun]:
+) -> Trace:
     # Sizes that happen to be equal in this call need not be equal in the next. And without allow_non_fake_inputs: a
     # real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
@@ -168,7 +160,9 @@ def _traced(
         plain = Packing(run.fakes).flatten(run.fakes)
         with explained():
             module = make_fx(run, dict(decompositions), "real", _error_on_data_dependent_ops=False)(*plain)
-    return run.finished(module), run
+    trace = run.finished(module)
+    run.let_go()
+    return trace
 
 
 class CapturedWrapperError(Exception):
@@ -405,6 +399,7 @@ class _TracedRun(Run):
         """Let go of the tensors of this run."""
         for tensors in (self.variables, self.arguments, self.leaves, self.results, self.histories, self.views):
             tensors.clear()
+        del self.tracer  # which has some as constants
 
     def finished(self, module: fx.GraphModule) -> Trace:
         """Put placeholders in order and views into graphs of their own."""
@@ -442,6 +437,7 @@ class _TracedRun(Run):
             self.modules,
             self.shape_env,
             {i: tensor for i, tensor in self.found_elsewhere.items() if i < self.arguments_given},
+            self.level,
         )
 
     def _name_placeholders(self, graph: fx.Graph) -> None:

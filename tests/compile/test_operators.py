@@ -72,9 +72,10 @@ class _WrongGradient(torch.autograd.Function):
         return g * (1 + 1e-6)
 
 
+RUN_AS_GRAPHS = [name for name, form in compiled.FORMS.items() if "replay" not in form.options]
 ERRORS = {
-    "numbers": (lambda y: y * (1 + 1e-6), list(compiled.FORMS)),
-    "gradients": (_WrongGradient.apply, list(compiled.FORMS)),
+    "numbers": (lambda y: y * (1 + 1e-6), RUN_AS_GRAPHS),
+    "gradients": (_WrongGradient.apply, RUN_AS_GRAPHS),
     "second derivatives": (_WrongSecondDerivative.apply, ["double backward"]),
     "shape": (lambda y: y[None], ["function"]),
     "dtype": (lambda y: y.to(torch.complex64), ["function"]),
