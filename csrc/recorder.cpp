@@ -277,7 +277,8 @@ void Recorder::write_into_what_is_not_used_again() {
   for (const auto output : program_->outputs_) last_step[storage_of(output)] = steps.size();
   for (size_t i = 0; i < steps.size(); ++i) {
     auto* call = std::get_if<Program::Call>(&steps[i].does);
-    if (call == nullptr || call->operands.empty() || !call->op.hasTag(at::Tag::pointwise)) continue;
+    if (call == nullptr || call->operands.empty() || has_effect(call->op)) continue;
+    if (!call->op.hasTag(at::Tag::pointwise)) continue;
     const auto form = in_place_form(call->op);
     const auto [argument, element, slot] = call->operands[0];
     if (!form.has_value() || argument != 0 || element >= 0 || call->results.size() != 1) continue;
