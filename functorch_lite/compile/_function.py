@@ -99,8 +99,7 @@ class CompiledLeaves:
         if _C.current_level() is not None:
             return _levels.call(self, leaves, structure, names)
         arguments = Arguments(leaves)
-        entry = self.find(arguments, structure, names)
-        entry.compile()
+        entry = self._compiled_entry(arguments, structure, names)
         return entry.run(arguments.tensors), entry.structure
 
     def call_with(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> Any:
@@ -109,13 +108,19 @@ class CompiledLeaves:
         if output is not ...:
             return output
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        output = pytree.tree_unflatten(*self.call(leaves, structure, names))
-        if not _is_traced() and _C.current_level() is None:
-            arguments = Arguments(leaves)
-            entry = self.find(arguments, structure, names)
-            if (shortcut := entry.shortcut(arguments.tensors)) is not None:
-                self._shortcuts.add(args, kwargs, *shortcut)
+        if _is_traced() or _C.current_level() is not None:
+            return pytree.tree_unflatten(*self.call(leaves, structure, names))
+        arguments = Arguments(leaves)
+        entry = self._compiled_entry(arguments, structure, names)
+        output = pytree.tree_unflatten(entry.run(arguments.tensors), entry.structure)
+        if (shortcut := entry.shortcut(arguments.tensors)) is not None:
+            self._shortcuts.add(args, kwargs, *shortcut)
         return output
+
+    def _compiled_entry(self, arguments: Arguments, structure: Any, names: Names) -> _Entry:
+        entry = self.find(arguments, structure, names)
+        entry.compile()
+        return entry
 
     def find(self, arguments: Arguments, structure: Any, names: Names) -> _Entry:
         """The graph for certain arguments, which is made if there is none."""

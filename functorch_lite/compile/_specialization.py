@@ -183,8 +183,9 @@ class Specialization:
     def shortcut(self, tensors: Sequence[Tensor]) -> Shortcut | None:
         """How to call the graph for inputs like these, outside of all levels. None if there is more to do."""
         trace = self.trace
-        parts = [*trace.fakes, *trace.results]
-        if self.is_differentiated or any(is_subclass(x) for x in parts if isinstance(x, Tensor)):
+        if self.is_differentiated:
+            return None
+        if any(is_subclass(x) for x in [*trace.fakes, *trace.results] if isinstance(x, Tensor)):
             return None
         if any(write.shape is not None or write.differentiated for write in trace.writes):
             return None
