@@ -514,3 +514,21 @@ def compiled_capture(name: str) -> str:
         f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as "
         f"an argument."
     )
+
+
+def check_no_buffers(transform: str, names: list[str]) -> None:
+    """Refuse a module with buffers, which its function would not take. PyTorch's error has this type, too."""
+    if names:
+        raise RuntimeError(
+            f"{transform}: got a module with buffers ({', '.join(names)}), expected one without; use "
+            f"{transform}_with_buffers."
+        )
+
+
+def check_a_tensor_for_each(function: str, kind: str, names: Sequence[str], given: int) -> None:
+    """Require as many tensors as a module has."""
+    if given != len(names):
+        raise ValueError(
+            f"{function}: got {given} {kind} tensors, expected {len(names)}: {', '.join(names) or 'none'}. Pass those that "
+            f"came with the function, or others in their order."
+        )
