@@ -6,6 +6,7 @@ the caller. Modules that are loaded and hold PyTorch's function by a name of the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -13,6 +14,9 @@ import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
 from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
 
 from functorch_lite import _functionalize, _jacobian, _jvp, _legacy, _linear, _modules, _vjp, _vmap
 
@@ -34,9 +38,50 @@ def _jacrev(*args: Any, _preallocate_and_copy: bool = False, **kwargs: Any) -> C
     return _jacobian.jacrev(*args, **kwargs)
 
 
-def _functional_call(module: Any, parameter_and_buffer_dicts: Any, *args: Any, **kwargs: Any) -> Any:
-    """Their name for the dictionaries."""
-    return _modules.functional_call(module, parameter_and_buffer_dicts, *args, **kwargs)
+def _functional_call(
+    module: Any,
+    parameter_and_buffer_dicts: Any,
+    args: Any = None,
+    kwargs: Any = None,
+    *,
+    tie_weights: bool = True,
+    strict: bool = False,
+) -> Any:
+    """A name that the module does not have becomes an attribute of it during the call, unless ``strict``."""
+    given = parameter_and_buffer_dicts
+    with contextlib.ExitStack() as attributes:
+        if not strict:
+            dictionaries = [given] if isinstance(given, dict) else list(given)
+            others = {name: value for one in dictionaries for name, value in one.items() if _is_no_tensor(module, name)}
+            if others:
+                given = [{name: value for name, value in one.items() if name not in others} for one in dictionaries]
+            for name, value in others.items():
+                attributes.enter_context(_attribute(module, name, value))
+        return _modules.functional_call(module, given, args, kwargs, tie_weights=tie_weights, strict=strict)
+
+
+def _is_no_tensor(module: nn.Module, name: str) -> bool:
+    """Whether a submodule exists but has no parameter or buffer of this name."""
+    path, _, key = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return False
+    return not (key in owner._parameters or key in owner._buffers or parametrize.is_parametrized(owner, key))
+
+
+@contextlib.contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    path, _, key = name.rpartition(".")
+    attributes = module.get_submodule(path).__dict__
+    before = dict(attributes)
+    attributes[key] = value
+    try:
+        yield
+    finally:
+        attributes.pop(key)
+        if key in before:
+            attributes[key] = before[key]
 
 
 _OURS: dict[str, Any] = {
