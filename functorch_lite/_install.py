@@ -40,6 +40,7 @@ def connect() -> None:
     from functorch_lite import (
         _C,
         _attention,
+        _batched_gradients,
         _boundary,
         _checkpoint,
         _checks,
@@ -68,6 +69,7 @@ def connect() -> None:
     _custom_function.install()
     _checkpoint.install()
     _saved_tensors.install()
+    _batched_gradients.install()
     _library_rules.install()
     import_after("torch._dynamo", "functorch_lite._dynamo")
 
