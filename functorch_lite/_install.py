@@ -40,7 +40,6 @@ def connect() -> None:
     from functorch_lite import (
         _C,
         _attention,
-        _batched_gradients,
         _boundary,
         _checkpoint,
         _checks,
@@ -51,6 +50,7 @@ def connect() -> None:
         _new,
         _repr,
         _saved_tensors,
+        _torch_autograd,
     )
 
     _C.set_python_side(
@@ -69,7 +69,7 @@ def connect() -> None:
     _custom_function.install()
     _checkpoint.install()
     _saved_tensors.install()
-    _batched_gradients.install()
+    _torch_autograd.install()
     _library_rules.install()
     import_after("torch._dynamo", "functorch_lite._dynamo")
 

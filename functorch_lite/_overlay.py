@@ -108,13 +108,14 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-def _is_of_torch(name: str) -> bool:
+def is_of_torch(name: str) -> bool:
+    """Whether a module is PyTorch's."""
     return name.partition(".")[0] in ("torch", "functorch")
 
 
 def torch_is_calling() -> bool:
     """Whether the caller of a stand-in is PyTorch, such as flex attention or AOTAutograd, which has its own transforms."""
-    return _is_of_torch(sys._getframe(2).f_globals.get("__name__", ""))
+    return is_of_torch(sys._getframe(2).f_globals.get("__name__", ""))
 
 
 def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +149,7 @@ def _loaded(of_torch: bool) -> Iterator[ModuleType]:
     places = (*_PLACES, "functorch", "functorch.experimental")
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and not name.startswith("functorch_lite"):
-            if of_torch or name in places or not _is_of_torch(name):
+            if of_torch or name in places or not is_of_torch(name):
                 yield module
 
 
