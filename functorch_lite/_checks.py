@@ -529,8 +529,8 @@ def check_a_tensor_for_each(function: str, kind: str, names: Sequence[str], give
     """Require as many tensors as a module has."""
     if given != len(names):
         raise ValueError(
-            f"{function}: got {given} {kind} tensors, expected {len(names)}: {', '.join(names) or 'none'}. Pass those that "
-            f"came with the function, or others in their order."
+            f"{function}: got {given} {kind} tensors, expected {len(names)}: {', '.join(names) or 'none'}. Pass those "
+            f"that came with the function, or others in their order."
         )
 
 
@@ -556,6 +556,15 @@ def nested_forward_mode() -> str:
     """What to say of PyTorch's forward mode inside ours."""
     return (
         "jvp: got torch.func.jvp, jacfwd, hessian or linearize, or torch.autograd.forward_ad, inside forward mode of "
-        "functorch_lite; PyTorch has one forward mode level, which is in use. Use functorch_lite's jvp, jacfwd, hessian or "
-        "linearize in its place, or functorch_lite.overlay(), which puts ours in the places of theirs."
+        "functorch_lite; PyTorch has one forward mode level, which is in use. Use functorch_lite's jvp, jacfwd, "
+        "hessian or linearize in its place, or functorch_lite.overlay(), which puts ours in the places of theirs."
+    )
+
+
+def batched_number_in_torch_func() -> str:
+    """What to say where torch.func takes a tensor of ours for one of its own."""
+    return (
+        "vmap: a transform of torch.func got an integer without dimensions that vmap of functorch_lite has batched, "
+        "which it cannot tell from one of its own; expected none. Use functorch_lite's transform in its place, or "
+        "functorch_lite.overlay(), which puts ours in the places of theirs, or give the integer a dimension: n[None]."
     )

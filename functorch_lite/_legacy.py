@@ -25,7 +25,7 @@ class _Stateless(nn.Module):
     def _call(
         self, params: Iterable[Tensor], buffers: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        state = {}
+        state: dict[str, Tensor] = {}
         for kind, names, tensors in (("parameter", self.param_names, params), ("buffer", self.buffer_names, buffers)):
             given = tuple(tensors)
             _checks.check_a_tensor_for_each(type(self).__name__, kind, names, len(given))
@@ -94,8 +94,8 @@ def make_functional(
             module's do.
 
     Returns:
-        ``(func, params)``: ``func(params, *args, **kwargs)`` calls the module with ``params``, a tuple of tensors in the
-        order of ``model.parameters()``. Tied parameters are there once.
+        ``(func, params)``: ``func(params, *args, **kwargs)`` calls the module with ``params``, a tuple of tensors in
+        the order of ``model.parameters()``. Tied parameters are there once.
 
     Raises:
         RuntimeError: The module has buffers.
@@ -126,8 +126,8 @@ def make_functional_with_buffers(
         disable_autograd_tracking: As for `make_functional`.
 
     Returns:
-        ``(func, params, buffers)``: ``func(params, buffers, *args, **kwargs)`` calls the module with these tuples of tensors,
-        in the order of ``model.parameters()`` and ``model.buffers()``.
+        ``(func, params, buffers)``: ``func(params, buffers, *args, **kwargs)`` calls the module with these tuples of
+        tensors, in the order of ``model.parameters()`` and ``model.buffers()``.
 
     Raises:
         TypeError: Something else than a module.
@@ -155,8 +155,8 @@ def combine_state_for_ensemble(
         models: Modules of one class, in one training mode.
 
     Returns:
-        ``(func, params, buffers)``, as from `make_functional_with_buffers`, with a new first dimension in each tensor that
-        counts the models. The tensors do not require grad.
+        ``(func, params, buffers)``, as from `make_functional_with_buffers`, with a new first dimension in each tensor
+        that counts the models. The tensors do not require grad.
 
     Raises:
         ValueError: As for `stack_module_state`.

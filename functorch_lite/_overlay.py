@@ -1,7 +1,8 @@
 """Our transforms in the places where other packages look for PyTorch's, and back.
 
-A *stand-in* is put in the place of each public function of `torch.func` and `functorch` that we have. It calls ours, unless PyTorch itself is
-the caller. Modules that are loaded and hold PyTorch's function by a name of their own get it, too.
+A *stand-in* is put in the place of each public function of `torch.func` and `functorch` that we have. It calls ours,
+unless PyTorch itself is the caller. Modules that are loaded and hold PyTorch's function by a name of their own get it,
+too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from functorch_lite import _functionalize, _jacobian, _jvp, _legacy, _linear, _modules, _vjp, _vmap
 
-#: The modules of PyTorch that offer its transforms to others. The last four are where packages find them by private names.
+#: The modules of PyTorch that offer its transforms to others. The last ones have private names, and packages use them.
 _PLACES = (
     "torch",
     "torch.func",
@@ -36,6 +37,16 @@ _PLACES = (
 def _jacrev(*args: Any, _preallocate_and_copy: bool = False, **kwargs: Any) -> Callable[..., Any]:
     """Memory for the result is always taken once."""
     return _jacobian.jacrev(*args, **kwargs)
+
+
+def _vjp_of_theirs(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """The pullback may be called many times, and has a graph if somebody differentiates further out."""
+    output, vjp_fn, *aux = _vjp.vjp(*args, **kwargs)
+
+    def pull(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+        return vjp_fn(cotangents)
+
+    return output, pull, *aux
 
 
 def _functional_call(
@@ -99,7 +110,7 @@ _OURS: dict[str, Any] = {
     "make_functional_with_buffers": _legacy.make_functional_with_buffers,
     "replace_all_batch_norm_modules_": _modules.replace_all_batch_norm_modules_,
     "stack_module_state": _modules.stack_module_state,
-    "vjp": _vjp.vjp,
+    "vjp": _vjp_of_theirs,
     "vmap": _vmap.vmap,
 }
 _CLASSES: dict[str, Any] = {
@@ -114,7 +125,7 @@ def is_of_torch(name: str) -> bool:
 
 
 def torch_is_calling() -> bool:
-    """Whether the caller of a stand-in is PyTorch, such as flex attention or AOTAutograd, which has its own transforms."""
+    """Whether the caller of a stand-in is PyTorch, such as flex attention, which needs its own transforms."""
     return is_of_torch(sys._getframe(2).f_globals.get("__name__", ""))
 
 
@@ -148,9 +159,9 @@ def _loaded(of_torch: bool) -> Iterator[ModuleType]:
     """The loaded modules, without ours; those of PyTorch, or the places among them only."""
     places = (*_PLACES, "functorch", "functorch.experimental")
     for name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and not name.startswith("functorch_lite"):
-            if of_torch or name in places or not is_of_torch(name):
-                yield module
+        ours = not isinstance(module, ModuleType) or name.partition(".")[0] == "functorch_lite"
+        if not ours and (of_torch or name in places or not is_of_torch(name)):
+            yield module
 
 
 def _exchange(new: dict[int, Any], modules: Iterator[ModuleType]) -> None:
@@ -188,13 +199,13 @@ def theirs_by_stand_in() -> dict[Any, Any]:
 class overlay:  # noqa: N801
     """Have other packages run on our transforms where they ask for `torch.func`, `functorch` or `torch.vmap`.
 
-    For a part of a program use it as a context manager, for all of it call ``overlay.install()``, and ``overlay.remove()`` to
-    end that. In force, ``torch.func.vmap`` and the like are ours: for attribute look-ups, for modules that are
-    imported meanwhile, and for modules that had done ``from torch.func import vmap`` before. PyTorch's own code keeps its own
-    transforms. When the last ``with`` block has been left and nothing is installed, everything is as before.
+    For a part of a program use it as a context manager, for all of it call ``overlay.install()``, and
+    ``overlay.remove()`` to end that. In force, ``torch.func.vmap`` and the like are ours: for attribute look-ups, for
+    modules that are imported meanwhile, and for modules that had done ``from torch.func import vmap`` before. PyTorch's
+    own code keeps its own transforms. When the last block has been left and nothing is installed, all is as before.
 
-    Blocks nest, an exception ends its block as usual, and one object may be used again. Modules belong to the process, and so all threads
-    see the overlay while one of them is inside of a block.
+    Blocks nest, an exception ends its block as usual, and one object may be used again. Modules belong to the process,
+    and so all threads see the overlay while one of them is inside of a block.
 
     Example:
         >>> import torch
@@ -207,8 +218,9 @@ class overlay:  # noqa: N801
         tensor([0., 0.])
 
     Note:
-        Functions are found where they are attributes of a module. What a package has put elsewhere before, such as a default
-        argument or the result of ``torch.func.vmap(f)``, stays PyTorch's. So do the names that we do not have: docs/clients.md lists them.
+        Functions are found where they are attributes of a module. What a package has put elsewhere before, such as a
+        default argument or the result of ``torch.func.vmap(f)``, stays PyTorch's. So do the names that we do not have:
+        docs/clients.md lists them.
     """
 
     def __enter__(self) -> overlay:

@@ -1,8 +1,8 @@
 """What PyTorch's own derivative functions need inside our transforms.
 
 `torch.autograd.functional` and `torch.autograd.grad(is_grads_batched=True)` run where autograd records, which is in
-reverse mode. To map they use a vmap of PyTorch's, older than `torch.func`, that takes our wrappers for its own; inside a
-transform it is ours. `torch.func.linearize` folds what does not depend on the tangents into constants.
+reverse mode. To map they use a vmap of PyTorch's, older than `torch.func`, that takes our wrappers for its own; inside
+a transform it is ours. `torch.func.linearize` folds what does not depend on the tangents into constants.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from functorch_lite import grad, hessian, jacrev, jvp, overlay, vmap
+from functorch_lite import grad, hessian, jacrev, jvp, overlay
 from tests.clients.support import assert_equal_on_both, calls_of_ours
 
 gpytorch = pytest.importorskip("gpytorch", reason="gpytorch is not installed: make clients")
