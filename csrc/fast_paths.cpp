@@ -43,8 +43,8 @@ using at::Tensor;
 std::atomic<bool> fast_paths_are_on = true;
 
 // The innermost level, if nothing stands before it.
-Level* level_on_top() {
-  if (!fast_paths_are_on.load(std::memory_order_relaxed)) return nullptr;
+Level* level_on_top(c10::DispatchKeySet keys) {
+  if (!fast_paths_are_on.load(std::memory_order_relaxed) || keys.has(kLeftByTorchFunc)) return nullptr;
   const auto autocast = c10::autocast_dispatch_keyset - c10::impl::tls_local_dispatch_key_set().excluded_;
   return autocast.empty() ? current_level() : nullptr;
 }
@@ -184,7 +184,7 @@ bool is_vmap(const Level& level) { return typeid(level) == typeid(VmapLevel); }
 
 template <class Op, class... Rest>
 Tensor unary(c10::DispatchKeySet keys, const Tensor& x, const Rest&... rest) {
-  auto* level = level_on_top();
+  auto* level = level_on_top(keys);
   if (level != nullptr && level->differentiates()) {
     return differentiate<Op>(static_cast<AutodiffLevel&>(*level), keys, x, rest...);
   }
@@ -197,7 +197,7 @@ Tensor unary(c10::DispatchKeySet keys, const Tensor& x, const Rest&... rest) {
 
 template <class Op, class... Rest>
 Tensor binary_of_tensors(c10::DispatchKeySet keys, const Tensor& x, const Tensor& y, const Rest&... rest) {
-  auto* level = level_on_top();
+  auto* level = level_on_top(keys);
   if (level != nullptr && level->differentiates()) {
     return differentiate<Op>(static_cast<AutodiffLevel&>(*level), keys, x, y, rest...);
   }

@@ -32,7 +32,13 @@ bool is_shape_check() {
 
 }  // namespace
 
-void front(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+void front(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  // What a transform of torch.func has wrapped and left behind when it returned: its own kernel unwraps it, and calls
+  // again. A level would take it for a constant.
+  if (C10_UNLIKELY(keys.has(kLeftByTorchFunc))) {
+    op.redispatchBoxed(c10::DispatchKeySet(kLeftByTorchFunc), stack);
+    return;
+  }
   auto* level = current_level();
   if (level == nullptr || is_shape_check()) {
     const auto n = count_arguments(op);

@@ -28,6 +28,11 @@ constexpr auto kSubclassMark = c10::DispatchKey::Batched;
 // one.
 constexpr auto kIndexMark = c10::DispatchKey::FuncTorchBatched;
 
+// torch.func's own. In thread-local state while one of its transforms is innermost, and on what its grad, vjp and jvp
+// have wrapped.
+constexpr auto kTorchFuncIsInnermost = c10::DispatchKey::FuncTorchDynamicLayerFrontMode;
+constexpr auto kLeftByTorchFunc = c10::DispatchKey::FuncTorchGradWrapper;
+
 // Where an autodiff level sends an operator: record, track views and versions, then kBelowAutograd.
 inline const c10::DispatchKeySet kAutodiffKeys = c10::DispatchKeySet(kAutograd) | c10::DispatchKeySet(kBelowAutograd) |
                                                  c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);

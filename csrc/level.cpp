@@ -47,6 +47,11 @@ bool is_active(const Level* level) {
 
 void Level::open() {
   outer_keys_ = c10::impl::tls_local_dispatch_key_set();
+  TORCH_CHECK(!(outer_keys_.included_ - outer_keys_.excluded_).has(kTorchFuncIsInnermost), kind(),
+              ": got a call inside a transform of torch.func, which would see each operation before functorch_lite, "
+              "expected one outside. Use functorch_lite's transform in the place of torch.func's, or "
+              "functorch_lite.overlay(), which puts ours in the places of theirs. (torch.func inside functorch_lite "
+              "works.)");
   outer_modes_ = AutogradModes::current();
   TORCH_INTERNAL_ASSERT(depth_ == 0, "this level is open already");
   depth_ = level_depth() + 1;

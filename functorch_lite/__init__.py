@@ -10,9 +10,11 @@ from functorch_lite._functionalize import functionalize
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jit import eval_shape, jit, load, trace
 from functorch_lite._jvp import jvp
+from functorch_lite._legacy import combine_state_for_ensemble, make_functional, make_functional_with_buffers
 from functorch_lite._linear import linear_transpose, linearize
 from functorch_lite._memory_budget import memory_budget
 from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functorch_lite._overlay import overlay
 from functorch_lite._products import gnvp, hvp, vhp
 from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
 from functorch_lite._vmap import vmap
@@ -20,6 +22,7 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "combine_state_for_ensemble",
     "custom_jvp",
     "custom_vjp",
     "eval_shape",
@@ -39,8 +42,11 @@ __all__ = [
     "linear_transpose",
     "linearize",
     "load",
+    "make_functional",
+    "make_functional_with_buffers",
     "make_fx",
     "memory_budget",
+    "overlay",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "trace",

@@ -57,6 +57,8 @@ _EXPLAINED = {
         "inside several transforms. Differentiate with functorch_lite.grad or functorch_lite.vjp inside, as in "
         "vmap(grad(f)), or call backward() on what the outermost transform returns."
     ),
+    "batched == nullptr INTERNAL ASSERT FAILED": _checks.batched_number_in_torch_func(),
+    "Nested forward mode AD is not supported": _checks.nested_forward_mode(),
     "Attempted to call `variable.set_data(tensor)`": (
         "tensor.data = ...: a tensor inside a transform can only take the data of another tensor of the same "
         "transform. Return the new tensor from the function instead."

@@ -520,3 +520,57 @@ def compiled_capture(name: str) -> str:
         f"{name}: it or its rule uses a tensor that is no argument, which torch.compile cannot see. Pass the tensor as "
         f"an argument."
     )
+
+
+def check_no_buffers(transform: str, names: list[str]) -> None:
+    """Refuse a module with buffers, which its function would not take. PyTorch's error has this type, too."""
+    if names:
+        raise RuntimeError(
+            f"{transform}: got a module with buffers ({', '.join(names)}), expected one without; use "
+            f"{transform}_with_buffers."
+        )
+
+
+def check_a_tensor_for_each(function: str, kind: str, names: Sequence[str], given: int) -> None:
+    """Require as many tensors as a module has."""
+    if given != len(names):
+        raise ValueError(
+            f"{function}: got {given} {kind} tensors, expected {len(names)}: {', '.join(names) or 'none'}. Pass those "
+            f"that came with the function, or others in their order."
+        )
+
+
+def refuse_autograd_functional(kind: str) -> NoReturn:
+    """Refuse what would silently be zero where autograd records nothing."""
+    raise NotImplementedError(
+        f"torch.autograd.functional: got a call inside {kind} of functorch_lite, where torch.autograd records nothing; "
+        f"expected one outside, or directly inside grad, vjp or jacrev. Use jacobian, hessian, vjp, jvp, hvp or vhp of "
+        f"functorch_lite in its place."
+    )
+
+
+def refuse_folded_constants(kind: str) -> NoReturn:
+    """Refuse what would lose the derivatives of outer levels: PyTorch's own transforms get wrong numbers from it."""
+    raise NotImplementedError(
+        f"torch.func.linearize: got a call inside {kind} of functorch_lite, but it keeps constants without their "
+        f"derivatives; expected one outside of other transforms. Use functorch_lite.linearize in its place, or "
+        f"functorch_lite.overlay(), which puts ours in the place of theirs."
+    )
+
+
+def nested_forward_mode() -> str:
+    """What to say of PyTorch's forward mode inside ours."""
+    return (
+        "jvp: got torch.func.jvp, jacfwd, hessian or linearize, or torch.autograd.forward_ad, inside forward mode of "
+        "functorch_lite; PyTorch has one forward mode level, which is in use. Use functorch_lite's jvp, jacfwd, "
+        "hessian or linearize in its place, or functorch_lite.overlay(), which puts ours in the places of theirs."
+    )
+
+
+def batched_number_in_torch_func() -> str:
+    """What to say where torch.func takes a tensor of ours for one of its own."""
+    return (
+        "vmap: a transform of torch.func got an integer without dimensions that vmap of functorch_lite has batched, "
+        "which it cannot tell from one of its own; expected none. Use functorch_lite's transform in its place, or "
+        "functorch_lite.overlay(), which puts ours in the places of theirs, or give the integer a dimension: n[None]."
+    )

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
 from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_fullgraph_compiled_frame_count
-from torch._dynamo import allow_in_graph, eval_frame, substitute_in_graph
+from torch._dynamo import allow_in_graph, eval_frame, substitute_in_graph, trace_rules
 from torch._dynamo.exc import unimplemented
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.utils import proxy_args_kwargs
@@ -45,6 +45,7 @@ from functorch_lite import (
     _jvp,
     _linear,
     _modules,
+    _overlay,
     _tree,
     _vjp,
     _vmap,
@@ -83,6 +84,18 @@ def _handle(function: Callable[..., Any], handler: Callable[..., VariableTracker
 
 
 _handle(_refuse, lambda _, tx, message: _refuse(message.as_python_constant()))
+
+
+# The overlay. What calls a stand-in is the frame around that which asks. Dynamo knows PyTorch's transforms by identity.
+
+
+def _torch_is_calling(_: Any, tx: Any) -> VariableTracker:
+    return ConstantVariable.create(tx.parent is not None and _overlay.is_of_torch(tx.parent.f_globals["__name__"]))
+
+
+_handle(_overlay.torch_is_calling, _torch_is_calling)
+_rules = trace_rules.get_torch_obj_rule_map()
+_rules.update({theirs: _rules.pop(ours) for ours, theirs in _overlay.theirs_by_stand_in().items() if ours in _rules})
 
 
 def _in_graph(example: Callable[..., Any]) -> Callable[[FunctionT], FunctionT]:

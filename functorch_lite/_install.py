@@ -50,6 +50,7 @@ def connect() -> None:
         _new,
         _repr,
         _saved_tensors,
+        _torch_autograd,
     )
 
     _C.set_python_side(
@@ -68,6 +69,7 @@ def connect() -> None:
     _custom_function.install()
     _checkpoint.install()
     _saved_tensors.install()
+    _torch_autograd.install()
     _library_rules.install()
     import_after("torch._dynamo", "functorch_lite._dynamo")
 
