@@ -148,7 +148,7 @@ class Uses(TorchFunctionMode):
         """What is computed from sources alone is a source, too."""
         result = func(*args, **kwargs)
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self.sources:
+            if isinstance(leaf, Tensor) and id(leaf) not in self.sources and self.vmap.unwrap(leaf)[0].requires_grad:
                 self.add(leaf)
         return result
 
