@@ -25,8 +25,9 @@ def _linear(uses: Uses, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         x = uses.batch_of(input)
         result = F.linear(x, uses.operand(weight), uses.operand(bias))
         value = uses.keep(x)
-        result = uses.record(result, (weight, lambda g: LinearWeight(value, g)), (bias, lambda g: Dense(_sum_places(g, 1))))
-    return uses.vmap.lift(result, 0)
+        return uses.record(
+            result, (weight, lambda g: LinearWeight(value, g)), (bias, lambda g: Dense(_sum_places(g, 1)))
+        )
 
 
 def _matmul(uses: Uses, input: Tensor, other: Tensor) -> Any:
@@ -36,8 +37,7 @@ def _matmul(uses: Uses, input: Tensor, other: Tensor) -> Any:
         x = uses.batch_of(input)
         result = torch.matmul(x, uses.operand(other))
         value = uses.keep(x)
-        result = uses.record(result, (other, lambda g: LinearWeight(value, g, transposed=True)))
-    return uses.vmap.lift(result, 0)
+        return uses.record(result, (other, lambda g: LinearWeight(value, g, transposed=True)))
 
 
 def _sum_places(rows: Tensor, dims: int) -> Tensor:
@@ -67,19 +67,19 @@ def _conv(
     dims, batch_size = weight.dim() - 2, uses.vmap.batch_size
     options = {"stride": _each(stride, dims), "dilation": _each(dilation, dims), "groups": groups}
     with _C.Below():
-        x, join = _joined(uses.batch_of(input), dims + 2)
+        batch = uses.batch_of(input)
+        x = _joined(batch, dims + 2)
         if padding == "same":
             x, padding = _padded(x, weight.shape[2:], options["dilation"])
         options["padding"] = _each(0 if padding == "valid" else padding, dims)
         result = function(x, uses.operand(weight), uses.operand(bias), **options)
         value, shape = uses.keep(x), uses.autodiff.value_of(uses.operand(weight))
-        result = uses.record(
+        return uses.record(
             result,
             (weight, lambda g: ConvWeight(value, g, shape, batch_size, options)),
             (bias, lambda g: Dense(_sum_channels(g, batch_size))),
+            shape=(*batch.shape[: -dims - 1], *result.shape[1:]),
         )
-        result = join(result)
-    return uses.vmap.lift(result, 0)
 
 
 def _conv_transpose(
@@ -106,17 +106,17 @@ def _conv_transpose(
     if slack or uses.same_for_all(input) or not uses.same_for_all(weight, bias):
         return NotImplemented
     with _C.Below():
-        x, join = _joined(uses.batch_of(input), dims + 2)
+        batch = uses.batch_of(input)
+        x = _joined(batch, dims + 2)
         result = function(x, uses.operand(weight), uses.operand(bias), output_padding=extra, **options)
         value, shape = uses.keep(x), uses.autodiff.value_of(uses.operand(weight))
         # The transpose of a convolution: what went in and the cotangent change places.
-        result = uses.record(
+        return uses.record(
             result,
             (weight, lambda g: ConvWeight(g, value.to(g.dtype), shape, batch_size, options)),
             (bias, lambda g: Dense(_sum_channels(g, batch_size))),
+            shape=(*batch.shape[: -dims - 1], *result.shape[1:]),
         )
-        result = join(result)
-    return uses.vmap.lift(result, 0)
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -124,11 +124,9 @@ def _each(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def _joined(x: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The batch of the model's own call joined with the examples, and the way back for the result."""
-    if x.dim() == rank:
-        return x, lambda result: result
-    return x.flatten(0, 1), lambda result: result.unflatten(0, x.shape[:2])
+def _joined(x: Tensor, rank: int) -> Tensor:
+    """The batch of the model's own call joined with the examples."""
+    return x if x.dim() == rank else x.flatten(0, 1)
 
 
 def _padded(x: Tensor, kernel: Any, dilation: list[int]) -> tuple[Tensor, list[int]]:
@@ -158,8 +156,7 @@ def _embedding(
         ids = uses.batch_of(input)
         result = F.embedding(ids, uses.operand(weight), padding)
         value = uses.keep(ids)
-        result = uses.record(result, (weight, lambda g: EmbeddingWeight(value, g, rows, padding)))
-    return uses.vmap.lift(result, 0)
+        return uses.record(result, (weight, lambda g: EmbeddingWeight(value, g, rows, padding)))
 
 
 def _layer_norm(
@@ -267,19 +264,16 @@ def _affine(
     if uses.same_for_all(input) or not uses.same_for_all(weight, bias):
         return NotImplemented
     with _C.Below():
-        x = uses.batch_of(input)
-        join: Callable[[Tensor], Tensor] = lambda result: result  # noqa: E731
-        if joined_rank is not None:
-            x, join = _joined(x, joined_rank)
+        batch = uses.batch_of(input)
+        x = batch if joined_rank is None else _joined(batch, joined_rank)
         result = run(x, uses.operand(weight), uses.operand(bias))
         value = uses.keep(x)
-        result = uses.record(
+        return uses.record(
             result,
             (weight, lambda g: Dense(reduce(g * run(value.to(g.dtype), None, None)))),
             (bias, lambda g: Dense(reduce(g))),
+            shape=batch.shape,
         )
-        result = join(result)
-    return uses.vmap.lift(result, 0)
 
 
 RULES: dict[Any, Callable[..., Any]] = {
@@ -294,8 +288,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
     **{f: functools.partial(_conv, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
-    **{
-        f: functools.partial(_conv_transpose, f)
-        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    },
+    **{f: functools.partial(_conv_transpose, f) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
 }

@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from functorch_lite import _C, _checks, _per_sample_checks, _tree
 from functorch_lite._modules import functional_call
-from functorch_lite._operations import _is_variable
 from functorch_lite._per_sample_rules import RULES
 from functorch_lite._per_sample_terms import Dense, Term, Total
 from functorch_lite._per_sample_uses import Source, UnseenUse, Uses
@@ -157,43 +156,22 @@ def terms_of(
     autodiff: _C.AutodiffLevel, losses: Tensor, parameters: list[Source], sources: list[Source]
 ) -> dict[Source, list[Term]]:
     """The terms of each parameter's gradient, by one backward pass."""
-    edges = list({id(edge): edge for source in sources for edge, _ in source.uses}.values())
-    found = _backward(autodiff, losses, [*edges, *(source.tensor for source in parameters)])
-    if any(cotangent is not None for cotangent in found[len(edges) :]):
+    results = list({id(result): result for source in sources for result, _ in source.uses}.values())
+    ones = torch.ones_like(autodiff.value_of(losses))
+    found = autodiff.backward([losses], [ones], [*results, *(source.tensor for source in parameters)], False)
+    if any(cotangent is not None for cotangent in found[len(results) :]):
         raise UnseenUse
-    cotangents = {id(edge): cotangent for edge, cotangent in zip(edges, found, strict=False)}
+    cotangents = {id(result): cotangent for result, cotangent in zip(results, found, strict=False)}
     terms: dict[Source, list[Term]] = {}
     with no_autocast({"losses": losses}):
         for source in sources:
-            used = ((make, cotangents[id(edge)]) for edge, make in source.uses)
+            used = ((make, cotangents[id(result)]) for result, make in source.uses)
             terms[source] = [make(cotangent) for make, cotangent in used if cotangent is not None]
     _pull_back_computed(autodiff, parameters, terms)
     return terms
 
 
-def _backward(autodiff: _C.AutodiffLevel, losses: Tensor, inputs: list[Any]) -> list[Tensor | None]:
-    """The derivatives of the sum of all losses, None where they do not depend on an input."""
-    if not losses.requires_grad or not inputs:
-        return [None] * len(inputs)
-    values = autodiff.value_of(losses)
-    # Levels belong to a thread.
-    with torch.autograd.set_multithreading_enabled(False):
-        found = torch.autograd.grad(
-            [losses], inputs, [torch.ones_like(values)], create_graph=_is_differentiated(values), allow_unused=True
-        )
-    return [x if x is None else _C.strip_closed_levels(x) for x in found]
-
-
-def _is_differentiated(tensor: Tensor) -> bool:
-    """Whether a transform around, or plain PyTorch, will want derivatives of it."""
-    level = _C.current_level()
-    here = not isinstance(level, _C.TapeLevel) and _is_variable(level, tensor)
-    return here or (level is not None and _C.is_differentiated_below(tensor))
-
-
-def _pull_back_computed(
-    autodiff: _C.AutodiffLevel, parameters: list[Source], terms: dict[Source, list[Term]]
-) -> None:
+def _pull_back_computed(autodiff: _C.AutodiffLevel, parameters: list[Source], terms: dict[Source, list[Term]]) -> None:
     """From what was computed from parameters to these."""
     computed = [source for source in terms if terms[source] and source not in parameters]
     if not computed:

@@ -208,9 +208,9 @@ def _gram_is_cheaper(places: int, outputs: int, inputs: int) -> bool:
 def _square_norms_of_products(cotangents: Tensor, inputs: Tensor) -> Tensor:
     places, outputs = cotangents.shape[2:]
     if places == 1:
-        return (_square_norms(cotangents.flatten(0, 1)) * _square_norms(inputs.flatten(0, 1))).view(
-            len(inputs), -1
-        ).sum(1)
+        return (
+            (_square_norms(cotangents.flatten(0, 1)) * _square_norms(inputs.flatten(0, 1))).view(len(inputs), -1).sum(1)
+        )
     if _gram_is_cheaper(places, outputs, inputs.shape[-1]):
         return ((cotangents @ cotangents.mT) * (inputs @ inputs.mT)).flatten(1).sum(1)
     return _square_norms(_products(cotangents, inputs))

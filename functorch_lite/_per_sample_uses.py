@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from functorch_lite import _C
@@ -37,7 +36,7 @@ class Source:
     variable: Tensor
     #: The value repeated for each example: what other calls use, once there is one.
     repeated: Tensor | None = None
-    uses: list[tuple[GradientEdge, MakeTerm]] = field(default_factory=list)
+    uses: list[tuple[Tensor, MakeTerm]] = field(default_factory=list)
 
 
 class Uses(TorchFunctionMode):
@@ -119,18 +118,20 @@ class Uses(TorchFunctionMode):
         self._saved.append((tensor, tensor._version))
         return self.autodiff.value_of(tensor)
 
-    def record(self, result: Tensor, *uses: tuple[Tensor | None, MakeTerm]) -> Tensor:
-        """Note that the cotangent of ``result`` makes terms for those of these tensors that are sources."""
-        if not result.requires_grad:  # the model does not record
-            return result
-        if result._is_view():  # a write into a view would take it off the way from the loss to the whole
-            result = torch.ops.aten._unsafe_view(result, result.shape)
-        edge = get_gradient_edge(result)
-        for tensor, make in uses:
-            source = self.source_of(tensor)
-            if source is not None:
-                source.uses.append((edge, make))
-        return result
+    def record(
+        self, result: Tensor, *uses: tuple[Tensor | None, MakeTerm], shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """Note that the cotangent of ``result`` makes terms for those of these tensors that are sources.
+
+        Returns it as the model gets it, in ``shape``, whose first dimension is that of the examples.
+        """
+        if result.requires_grad:  # the model may have asked not to record
+            for tensor, make in uses:
+                source = self.source_of(tensor)
+                if source is not None:
+                    source.uses.append((result, make))
+        # The model may write into what it gets, which has the memory of the result and none of its place in the graph.
+        return self.vmap.lift(torch.ops.aten._unsafe_view(result, result.shape if shape is None else shape), 0)
 
     # Calls without a rule.
 
@@ -164,7 +165,7 @@ class Uses(TorchFunctionMode):
                 shared = self.autodiff.value_of(source.tensor)
                 rows = self.autodiff.value_of(shared.expand(self.vmap.batch_size, *shared.shape))
                 source.repeated = self.autodiff.lift_variable(rows)
-            source.uses.append((get_gradient_edge(source.repeated), Dense))
+            source.uses.append((source.repeated, Dense))
         return self.vmap.lift(source.repeated, 0)
 
 
