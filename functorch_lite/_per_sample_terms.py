@@ -20,9 +20,9 @@ class Term:
         """Each example's: (examples, *shape of the parameter)."""
         raise NotImplementedError
 
-    def square_norms(self) -> Tensor:
-        """Of each example's."""
-        return _square_norms(self.gradients())
+    def square_norms(self) -> Tensor | None:
+        """Of each example's; None where making the gradients is the cheapest way to find them."""
+        return None
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Of all examples', in the parameter's shape."""
@@ -58,8 +58,12 @@ class Product(Term):
         cotangents, inputs = self.factors()
         return _products(cotangents, inputs).reshape(len(inputs), *self.shape())
 
-    def square_norms(self) -> Tensor:
-        return _square_norms_of_products(*self.factors())
+    def square_norms(self) -> Tensor | None:
+        return _square_norms_of_products(*self.factors()) if _gram_is_cheaper(*self.sizes()) else None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Places, outputs and inputs of the factors."""
+        raise NotImplementedError
 
 
 class LinearWeight(Product):
@@ -78,13 +82,21 @@ class LinearWeight(Product):
             self._x.reshape(*places, self._x.shape[-1]),
         )
 
+    def sizes(self) -> tuple[int, int, int]:
+        outputs, inputs = self.shape()
+        return self._x[0].numel() // inputs, outputs, inputs
+
     def shape(self) -> Shape:
         return (self._cotangent.shape[-1], self._x.shape[-1])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         cotangents, inputs = (factor.squeeze(1) for factor in self.factors())
-        weighted = cotangents * weights.to(cotangents.dtype)[:, None, None]
-        return weighted.flatten(0, 1).mT @ inputs.flatten(0, 1)
+        weights = weights.to(cotangents.dtype)[:, None, None]
+        if cotangents.shape[-1] < inputs.shape[-1]:
+            cotangents = cotangents * weights
+        else:
+            inputs = inputs * weights
+        return cotangents.flatten(0, 1).mT @ inputs.flatten(0, 1)
 
 
 class ConvWeight(Product):
@@ -107,28 +119,39 @@ class ConvWeight(Product):
             return split
         return split.unflatten(0, (self._batch_size, n)).transpose(1, 2).flatten(2, 3)
 
+    def sizes(self) -> tuple[int, int, int]:
+        outputs = self._weight.shape[0] // self._options["groups"]
+        places = self._cotangent.numel() // (self._batch_size * self._weight.shape[0])
+        return places, outputs, self._weight[0].numel()
+
     def shape(self) -> Shape:
         return self._weight.shape
+
+    def gradients(self) -> Tensor:
+        places, outputs, _ = self.sizes()
+        if self._x.device.type != "cpu" or outputs >= places:
+            return super().gradients()
+        # A convolution with a group for each example, which needs no patches.
+        cotangents, xs = (
+            t.unflatten(0, (self._batch_size, -1)).transpose(0, 1).flatten(1, 2) for t in (self._cotangent, self._x)
+        )
+        shape = self._weight.shape
+        like = self._weight.expand(self._batch_size, *shape).flatten(0, 1)
+        return self._backward(cotangents, xs, like, self._batch_size).unflatten(0, (self._batch_size, shape[0]))
+
+    def _backward(self, cotangent: Tensor, x: Tensor, like: Tensor, examples: int) -> Tensor:
+        options = self._options
+        place = options["stride"], options["padding"], options["dilation"], False, [0] * (x.dim() - 2)
+        mask = (False, True, False)
+        backward = torch.ops.aten.convolution_backward
+        result: Tensor = backward(cotangent, x, like, None, *place, options["groups"] * examples, mask)[1]
+        return result
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         n = len(self._x) // self._batch_size
         weights = weights.to(self._cotangent.dtype).repeat_interleave(n) if n > 1 else weights.to(self._cotangent.dtype)
         weighted = self._cotangent * weights.view(-1, *[1] * (self._cotangent.dim() - 1))
-        dims = self._x.dim() - 2
-        result: Tensor = torch.ops.aten.convolution_backward(
-            weighted,
-            self._x,
-            self._weight.to(weighted.dtype),
-            None,
-            self._options["stride"],
-            self._options["padding"],
-            self._options["dilation"],
-            False,
-            [0] * dims,
-            self._options["groups"],
-            (False, True, False),
-        )[1]
-        return result
+        return self._backward(weighted, self._x, self._weight, 1)
 
 
 class EmbeddingWeight(Term):
@@ -138,10 +161,10 @@ class EmbeddingWeight(Term):
         self.ids = ids.reshape(len(ids), -1)
         cotangent = cotangent.reshape(*self.ids.shape, cotangent.shape[-1])
         self.cotangent = cotangent if padding is None else cotangent * (self.ids != padding).unsqueeze(-1)
-        self._rows = rows
+        self.rows = rows
 
     def gradients(self) -> Tensor:
-        zeros = self.cotangent.new_zeros(len(self.ids), self._rows, self.cotangent.shape[-1])
+        zeros = self.cotangent.new_zeros(len(self.ids), self.rows, self.cotangent.shape[-1])
         return zeros.scatter_add(1, self.ids.unsqueeze(-1).expand_as(self.cotangent), self.cotangent)
 
     def square_norms(self) -> Tensor:
@@ -151,9 +174,15 @@ class EmbeddingWeight(Term):
         places = torch.empty_like(numbers).scatter(1, order, numbers).unsqueeze(-1).expand_as(self.cotangent)
         return _square_norms(torch.zeros_like(self.cotangent).scatter_add(1, places, self.cotangent))
 
+    def dot(self, cotangents: Tensor, inputs: Tensor) -> Tensor:
+        """The scalar product with the gradient that has these factors."""
+        cotangents, inputs = cotangents.squeeze(1), inputs.squeeze(1)
+        at_ids = cotangents.gather(2, self.ids.unsqueeze(1).expand(-1, cotangents.shape[1], -1))
+        return (_precise(at_ids) * _precise(inputs @ self.cotangent.mT)).flatten(1).sum(1)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         weighted = self.cotangent * weights.to(self.cotangent.dtype)[:, None, None]
-        zeros = weighted.new_zeros(self._rows, weighted.shape[-1])
+        zeros = weighted.new_zeros(self.rows, weighted.shape[-1])
         return zeros.index_add(0, self.ids.flatten(), weighted.flatten(0, 1))
 
 
@@ -170,11 +199,13 @@ class Total(Term):
 
     def square_norms(self) -> Tensor:
         if not self._terms:
-            return self._like.new_zeros(self._batch_size)
-        if len(self._terms) == 1:
-            return self._terms[0].square_norms().to(self._like.dtype)
-        joined = _joined_square_norms(self._terms)
-        return (_square_norms(self.gradients()) if joined is None else joined).to(self._like.dtype)
+            return _precise(self._like.new_zeros(self._batch_size))
+        norms = self._terms[0].square_norms() if len(self._terms) == 1 else _joined_square_norms(self._terms)
+        if norms is None:
+            gradients = self.gradients()
+            self._terms = [Dense(gradients)]
+            norms = _square_norms(gradients)
+        return norms
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         if not self._terms:
@@ -188,55 +219,53 @@ class Total(Term):
         return total
 
 
+def _precise(values: Tensor) -> Tensor:
+    """In a dtype that sums of squares fit into."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def _square_norms(gradients: Tensor) -> Tensor:
-    rows = gradients.flatten(1)
+    rows = _precise(gradients.flatten(1))
     return (rows * rows).sum(1)
 
 
 def _products(cotangents: Tensor, inputs: Tensor) -> Tensor:
     """(examples, groups, outputs, inputs)."""
-    if cotangents.shape[2] == 1:
-        return cotangents.mT * inputs
-    return cotangents.mT @ inputs
+    return cotangents.mT * inputs if cotangents.shape[2] == 1 else cotangents.mT @ inputs
 
 
 def _gram_is_cheaper(places: int, outputs: int, inputs: int) -> bool:
     """Than the gradients themselves, to find their norms."""
-    return places * (outputs + inputs) <= outputs * inputs
+    return places == 1 or places * (outputs + inputs) <= outputs * inputs
 
 
 def _square_norms_of_products(cotangents: Tensor, inputs: Tensor) -> Tensor:
-    places, outputs = cotangents.shape[2:]
-    if places == 1:
-        return (
-            (_square_norms(cotangents.flatten(0, 1)) * _square_norms(inputs.flatten(0, 1))).view(len(inputs), -1).sum(1)
-        )
-    if _gram_is_cheaper(places, outputs, inputs.shape[-1]):
-        return ((cotangents @ cotangents.mT) * (inputs @ inputs.mT)).flatten(1).sum(1)
-    return _square_norms(_products(cotangents, inputs))
+    cotangents, inputs = _precise(cotangents), _precise(inputs)
+    if cotangents.shape[2] == 1:
+        return (cotangents.square().sum((2, 3)) * inputs.square().sum((2, 3))).sum(1)
+    return ((cotangents @ cotangents.mT) * (inputs @ inputs.mT)).flatten(1).sum(1)
 
 
 def _joined_square_norms(terms: list[Term]) -> Tensor | None:
     """Of the sum of several terms without their gradients; None where those are cheaper."""
     linear = [term.factors() for term in terms if isinstance(term, LinearWeight)]
     tables = [term for term in terms if isinstance(term, EmbeddingWeight)]
-    if len(linear) + len(tables) < len(terms) or not terms:
+    if len(linear) + len(tables) < len(terms):
         return None
-    cotangents, inputs = (torch.cat(factors, 2) for factors in zip(*linear, strict=True)) if linear else (None, None)
-    if tables:
-        ids = torch.cat([table.ids for table in tables], 1)
-        cotangent = torch.cat([table.cotangent for table in tables], 1)
-        joined = EmbeddingWeight(ids, cotangent, tables[0]._rows, None)
-        if cotangents is None:
-            return joined.square_norms()
-    if not tables:
-        return _square_norms_of_products(cotangents, inputs)
-    # With dense matrices A = cotangents' @ inputs and B that adds `cotangent` into the rows `ids`: |A + B|^2.
-    cotangents, inputs = cotangents.squeeze(1), inputs.squeeze(1)
-    at_ids = cotangents.gather(2, ids.unsqueeze(1).expand(-1, cotangents.shape[1], -1))
-    mixed = (at_ids * (inputs @ cotangent.mT)).flatten(1).sum(1)
-    separate = _square_norms_of_products(cotangents.unsqueeze(1), inputs.unsqueeze(1)) + joined.square_norms()
-    return separate + 2 * mixed
+    table = _joined_tables(tables) if tables else None
+    if not linear:
+        return table.square_norms() if table is not None else None
+    cotangents, inputs = (torch.cat(factors, 2) for factors in zip(*linear, strict=True))
+    if table is None:
+        places, outputs = cotangents.shape[2:]
+        cheaper = _gram_is_cheaper(places, outputs, inputs.shape[-1])
+        return _square_norms_of_products(cotangents, inputs) if cheaper else None
+    return _square_norms_of_products(cotangents, inputs) + table.square_norms() + 2 * table.dot(cotangents, inputs)
+
+
+def _joined_tables(tables: list[EmbeddingWeight]) -> EmbeddingWeight:
+    ids = torch.cat([table.ids for table in tables], 1)
+    return EmbeddingWeight(ids, torch.cat([table.cotangent for table in tables], 1), tables[0].rows, None)
 
 
 def _patches(x: Tensor, kernel: Shape, options: dict[str, Any]) -> Tensor:
