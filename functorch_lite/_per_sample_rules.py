@@ -48,7 +48,7 @@ def _sum_places(rows: Tensor, dims: int) -> Tensor:
 def _sum_channels(rows: Tensor, batch_size: int) -> Tensor:
     """From (examples * n, channels, *) to (examples, channels)."""
     sums = rows.flatten(2).sum(2) if rows.dim() > 2 else rows
-    return sums if len(sums) == batch_size else sums.view(batch_size, -1, sums.shape[1]).sum(1)
+    return sums if sums.shape[0] == batch_size else sums.view(batch_size, -1, sums.shape[1]).sum(1)
 
 
 def _conv(

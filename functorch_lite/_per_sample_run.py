@@ -182,7 +182,7 @@ def _pull_back_computed(autodiff: _C.AutodiffLevel, parameters: list[Source], te
     def pull(*gradients: Tensor) -> list[Tensor | None]:
         return autodiff.backward([source.tensor for source in computed], gradients, variables, True)
 
-    pulled = map_rows(pull, totals, len(totals[0]), 0, "error")
+    pulled = map_rows(pull, totals, totals[0].shape[0], 0, "error")
     for source, gradients in zip(parameters, pulled, strict=True):
         if gradients is not None:
             terms[source].append(Dense(gradients))

@@ -56,7 +56,7 @@ class Product(Term):
 
     def gradients(self) -> Tensor:
         cotangents, inputs = self.factors()
-        return _products(cotangents, inputs).reshape(len(inputs), *self.shape())
+        return _products(cotangents, inputs).reshape(inputs.shape[0], *self.shape())
 
     def square_norms(self) -> Tensor | None:
         return _square_norms_of_products(*self.factors()) if _gram_is_cheaper(*self.sizes()) else None
@@ -76,7 +76,7 @@ class LinearWeight(Product):
             self._x, self._cotangent = self._cotangent, self._x
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        places = (len(self._x), 1, -1)
+        places = (self._x.shape[0], 1, -1)
         return (
             self._cotangent.reshape(*places, self._cotangent.shape[-1]),
             self._x.reshape(*places, self._x.shape[-1]),
@@ -114,7 +114,7 @@ class ConvWeight(Product):
     def _by_place(self, columns: Tensor, groups: int) -> Tensor:
         """From (examples * n, groups * k, m) to (examples, groups, n * m, k)."""
         split = columns.unflatten(1, (groups, -1)).mT
-        n = len(columns) // self._batch_size
+        n = columns.shape[0] // self._batch_size
         if n == 1:
             return split
         return split.unflatten(0, (self._batch_size, n)).transpose(1, 2).flatten(2, 3)
@@ -148,7 +148,7 @@ class ConvWeight(Product):
         return result
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        n = len(self._x) // self._batch_size
+        n = self._x.shape[0] // self._batch_size
         weights = weights.to(self._cotangent.dtype).repeat_interleave(n) if n > 1 else weights.to(self._cotangent.dtype)
         weighted = self._cotangent * weights.view(-1, *[1] * (self._cotangent.dim() - 1))
         return self._backward(weighted, self._x, self._weight, 1)
@@ -158,13 +158,13 @@ class EmbeddingWeight(Term):
     """Of a table whose rows are looked up. ``ids`` is (examples, *), ``cotangent`` (examples, *, features)."""
 
     def __init__(self, ids: Tensor, cotangent: Tensor, rows: int, padding: int | None) -> None:
-        self.ids = ids.reshape(len(ids), -1)
+        self.ids = ids.reshape(ids.shape[0], -1)
         cotangent = cotangent.reshape(*self.ids.shape, cotangent.shape[-1])
         self.cotangent = cotangent if padding is None else cotangent * (self.ids != padding).unsqueeze(-1)
         self.rows = rows
 
     def gradients(self) -> Tensor:
-        zeros = self.cotangent.new_zeros(len(self.ids), self.rows, self.cotangent.shape[-1])
+        zeros = self.cotangent.new_zeros(self.ids.shape[0], self.rows, self.cotangent.shape[-1])
         return zeros.scatter_add(1, self.ids.unsqueeze(-1).expand_as(self.cotangent), self.cotangent)
 
     def square_norms(self) -> Tensor:
