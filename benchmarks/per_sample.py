@@ -1,4 +1,4 @@
-"""What the clipped sum of per-sample gradients costs, the part of a DP-SGD step that is not noise: time and peak memory.
+"""Clipped sums of per-sample gradients, the part of a DP-SGD step that is not noise: time and peak memory.
 
 Run with ``python benchmarks/per_sample.py``; ``--turns 5`` for a quick look, ``--larger`` for sizes where kernels take
 most of the time. All ways take turns in one process, on one thread; the numbers are medians. Opacus and BackPACK are
@@ -35,6 +35,7 @@ class Encoder(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, x: Tensor) -> Tensor:
+        """As always."""
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(-2, -3) for part in self.qkv(x).chunk(3, -1))
         attended = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
         x = self.norm1(x + self.out(attended.transpose(-2, -3).flatten(-2)))
@@ -45,6 +46,7 @@ class Mean(nn.Module):
     """Over the places of a sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """As always."""
         return x.mean(1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +63,7 @@ def per_sample_grads(
         with no_autocast(params):
             return {name: found.pop(name).gradients() for name in list(found)}
 
-    return boundary("per_sample_grads", gradients)
+    return _outside_graphs(boundary("per_sample_grads", gradients))
 
 
 def per_sample_grad_norms(
@@ -103,7 +105,7 @@ def per_sample_grad_norms(
         with no_autocast(params):
             return _norms(found)
 
-    return boundary("per_sample_grad_norms", norms)
+    return _outside_graphs(boundary("per_sample_grad_norms", norms))
 
 
 def clipped_grad_sum(
@@ -150,9 +152,20 @@ def clipped_grad_sum(
             weights = (max_norm / norms).clamp(max=1.0)
             return {name: found.pop(name).weighted_sum(weights) for name in list(found)}, norms
 
-    return boundary("clipped_grad_sum", clipped)
+    return _outside_graphs(boundary("clipped_grad_sum", clipped))
 
 
 def _norms(found: dict[str, Total]) -> Tensor:
     squares = [total.square_norms() for total in found.values()]
     return torch.stack(squares).sum(0).sqrt()
+
+
+def _outside_graphs(function: Callable[[Params, Any], Any]) -> Callable[[Params, Any], Any]:
+    """Have ``torch.compile`` leave the call out of its graphs, with all that is called inside."""
+
+    def call(params: Params, batch: Any) -> Any:
+        dynamo = sys.modules.get("torch._dynamo")
+        return (function if dynamo is None else dynamo.disable(function))(params, batch)
+
+    functools.update_wrapper(call, function)
+    return call

@@ -14,8 +14,8 @@ def check_batch_dim(called: str, batch_dim: Any) -> None:
     """Require an int or None."""
     if not _tree.is_dim(batch_dim):
         _checks.refuse_type(
-            f"{called}: got batch_dim={batch_dim!r}, expected an int, the dimension of examples in what the model takes "
-            f"and returns, or None for a model that is written for one example; pass one of these."
+            f"{called}: got batch_dim={batch_dim!r}, expected an int, the dimension of examples in what the model "
+            f"takes and returns, or None for a model that is written for one example; pass one of these."
         )
 
 

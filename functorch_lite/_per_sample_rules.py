@@ -23,7 +23,7 @@ def _linear(uses: Uses, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         return NotImplemented
     with _C.Below():
         x = uses.batch_of(input)
-        result = F.linear(x, uses.operand(weight), uses.operand(bias))
+        result = F.linear(x, uses.shared(weight), uses.shared_or_none(bias))
         value = uses.keep(x)
         return uses.record(
             result, (weight, lambda g: LinearWeight(value, g)), (bias, lambda g: Dense(_sum_places(g, 1)))
@@ -35,7 +35,7 @@ def _matmul(uses: Uses, input: Tensor, other: Tensor) -> Any:
         return NotImplemented
     with _C.Below():
         x = uses.batch_of(input)
-        result = torch.matmul(x, uses.operand(other))
+        result = torch.matmul(x, uses.shared(other))
         value = uses.keep(x)
         return uses.record(result, (other, lambda g: LinearWeight(value, g, transposed=True)))
 
@@ -65,15 +65,15 @@ def _conv(
     if uses.same_for_all(input) or not uses.same_for_all(weight, bias):
         return NotImplemented
     dims, batch_size = weight.dim() - 2, uses.vmap.batch_size
-    options = {"stride": _each(stride, dims), "dilation": _each(dilation, dims), "groups": groups}
+    options: dict[str, Any] = {"stride": _each(stride, dims), "dilation": _each(dilation, dims), "groups": groups}
     with _C.Below():
         batch = uses.batch_of(input)
         x = _joined(batch, dims + 2)
         if padding == "same":
             x, padding = _padded(x, weight.shape[2:], options["dilation"])
         options["padding"] = _each(0 if padding == "valid" else padding, dims)
-        result = function(x, uses.operand(weight), uses.operand(bias), **options)
-        value, shape = uses.keep(x), uses.autodiff.value_of(uses.operand(weight))
+        result = function(x, uses.shared(weight), uses.shared_or_none(bias), **options)
+        value, shape = uses.keep(x), uses.constant(weight)
         return uses.record(
             result,
             (weight, lambda g: ConvWeight(value, g, shape, batch_size, options)),
@@ -95,7 +95,7 @@ def _conv_transpose(
     dilation: Any = 1,
 ) -> Any:
     dims, batch_size = weight.dim() - 2, uses.vmap.batch_size
-    options = {
+    options: dict[str, Any] = {
         "stride": _each(stride, dims),
         "padding": _each(padding, dims),
         "dilation": _each(dilation, dims),
@@ -108,8 +108,8 @@ def _conv_transpose(
     with _C.Below():
         batch = uses.batch_of(input)
         x = _joined(batch, dims + 2)
-        result = function(x, uses.operand(weight), uses.operand(bias), output_padding=extra, **options)
-        value, shape = uses.keep(x), uses.autodiff.value_of(uses.operand(weight))
+        result = function(x, uses.shared(weight), uses.shared_or_none(bias), output_padding=extra, **options)
+        value, shape = uses.keep(x), uses.constant(weight)
         # The transpose of a convolution: what went in and the cotangent change places.
         return uses.record(
             result,
@@ -154,7 +154,7 @@ def _embedding(
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else rows + padding_idx
     with _C.Below():
         ids = uses.batch_of(input)
-        result = F.embedding(ids, uses.operand(weight), padding)
+        result = F.embedding(ids, uses.shared(weight), padding)
         value = uses.keep(ids)
         return uses.record(result, (weight, lambda g: EmbeddingWeight(value, g, rows, padding)))
 
@@ -233,9 +233,7 @@ def _batch_norm(
 ) -> Any:
     if training or not uses.same_for_all(running_mean, running_var):
         return NotImplemented
-    mean, variance = (
-        None if x is None else uses.autodiff.value_of(uses.operand(x)) for x in (running_mean, running_var)
-    )
+    mean, variance = (None if x is None else uses.constant(x) for x in (running_mean, running_var))
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps)
@@ -266,7 +264,7 @@ def _affine(
     with _C.Below():
         batch = uses.batch_of(input)
         x = batch if joined_rank is None else _joined(batch, joined_rank)
-        result = run(x, uses.operand(weight), uses.operand(bias))
+        result = run(x, uses.shared_or_none(weight), uses.shared_or_none(bias))
         value = uses.keep(x)
         return uses.record(
             result,

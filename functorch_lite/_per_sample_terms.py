@@ -113,11 +113,11 @@ class ConvWeight(Product):
 
     def _by_place(self, columns: Tensor, groups: int) -> Tensor:
         """From (examples * n, groups * k, m) to (examples, groups, n * m, k)."""
-        split = columns.unflatten(1, (groups, -1)).mT
+        split: Tensor = columns.unflatten(1, (groups, -1)).mT
         n = columns.shape[0] // self._batch_size
-        if n == 1:
-            return split
-        return split.unflatten(0, (self._batch_size, n)).transpose(1, 2).flatten(2, 3)
+        if n > 1:
+            split = split.unflatten(0, (self._batch_size, n)).transpose(1, 2).flatten(2, 3)
+        return split
 
     def sizes(self) -> tuple[int, int, int]:
         outputs = self._weight.shape[0] // self._options["groups"]
@@ -137,7 +137,8 @@ class ConvWeight(Product):
         )
         shape = self._weight.shape
         like = self._weight.expand(self._batch_size, *shape).flatten(0, 1)
-        return self._backward(cotangents, xs, like, self._batch_size).unflatten(0, (self._batch_size, shape[0]))
+        joined = self._backward(cotangents, xs, like, self._batch_size)
+        return joined.view(self._batch_size, *shape)
 
     def _backward(self, cotangent: Tensor, x: Tensor, like: Tensor, examples: int) -> Tensor:
         options = self._options
@@ -272,9 +273,10 @@ def _patches(x: Tensor, kernel: Shape, options: dict[str, Any]) -> Tensor:
     """What each place of a convolution sees: (n, channels * size of the kernel, places)."""
     stride, padding, dilation = options["stride"], options["padding"], options["dilation"]
     if math.prod(kernel) == 1 and not any(padding):
-        return x[(..., *(slice(None, None, step) for step in stride))].flatten(2)
+        steps: Any = (..., *[slice(None, None, step) for step in stride])
+        return x[steps].flatten(2)
     if len(kernel) == 2:
-        return F.unfold(x, kernel, dilation, padding, stride)
+        return F.unfold(x, tuple(kernel), dilation, padding, stride)
     if len(kernel) == 1:
         return F.unfold(x.unsqueeze(2), (1, *kernel), (1, *dilation), (0, *padding), (1, *stride))
     x = F.pad(x, [side for amount in reversed(padding) for side in (amount, amount)])

@@ -106,12 +106,18 @@ class Uses(TorchFunctionMode):
         value, dim = self.vmap.unwrap(tensor)
         return value.movedim(dim, 0) if dim else value
 
-    def operand(self, tensor: Tensor | None) -> Tensor | None:
+    def shared(self, tensor: Tensor) -> Tensor:
         """The value of a tensor that all examples share. For calls below the vmap level."""
-        if tensor is None:
-            return None
         source = self.source_of(tensor)
         return self.vmap.unwrap(tensor)[0] if source is None else source.variable
+
+    def shared_or_none(self, tensor: Tensor | None) -> Tensor | None:
+        """The same for an argument that may be left out."""
+        return None if tensor is None else self.shared(tensor)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """The value below the autodiff level of a tensor that all examples share."""
+        return self.autodiff.value_of(self.vmap.unwrap(tensor)[0])
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The value below the autodiff level, for a term."""

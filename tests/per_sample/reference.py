@@ -13,10 +13,8 @@ def loop(model, loss, batch, batch_dim=0, names=None):
     named = {name: p for name, p in model.named_parameters() if names is None or name in names}
     rows = []
     for i in range(len(batch[-1]) if len(batch) > 1 else batch[0].shape[batch_dim or 0]):
-        if batch_dim is None:
-            output = model(batch[0][i])
-        else:
-            output = model(batch[0].narrow(batch_dim, i, 1)).squeeze(batch_dim)
+        output = model(batch[0][i] if batch_dim is None else batch[0].narrow(batch_dim, i, 1))
+        output = output if batch_dim is None else output.squeeze(batch_dim)
         value = loss(output, *(target[i] for target in batch[1:]))
         found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, named.values(), strict=True)])

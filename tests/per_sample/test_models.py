@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import functorch_lite as fl
 
-from .reference import check, loop, norms_of, parameters
+from .reference import check
 
 EXAMPLES = 5
 

@@ -172,3 +172,12 @@ def test_derivative_by_the_input():
     got = fl.grad(lambda x: norms(params, (x, target)).sum())(x)
     want = fl.grad(lambda x: norms_of(_reference(model)(params, (x, target))).sum())(x)
     torch.testing.assert_close(got, want)
+
+
+def test_torch_compile_leaves_it_out():
+    model, batch = _cnn(), _batch()
+    sums = fl.clipped_grad_sum(model, F.cross_entropy, 0.5)
+    step = torch.compile(lambda params, batch: sums(params, (batch[0] * 2, batch[1]))[1] * 3, backend="eager")
+    got = step(parameters(model), batch)
+    expected = norms_of(loop(model, F.cross_entropy, (batch[0] * 2, batch[1]))) * 3
+    torch.testing.assert_close(got, expected)
