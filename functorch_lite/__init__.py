@@ -15,6 +15,7 @@ from functorch_lite._linear import linear_transpose, linearize
 from functorch_lite._memory_budget import memory_budget
 from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
 from functorch_lite._overlay import overlay
+from functorch_lite._per_sample import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
 from functorch_lite._products import gnvp, hvp, vhp
 from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
 from functorch_lite._vmap import vmap
@@ -22,6 +23,7 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "clipped_grad_sum",
     "combine_state_for_ensemble",
     "custom_jvp",
     "custom_vjp",
@@ -47,6 +49,8 @@ __all__ = [
     "make_fx",
     "memory_budget",
     "overlay",
+    "per_sample_grad_norms",
+    "per_sample_grads",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "trace",
