@@ -6,13 +6,14 @@ from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
 from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
+from functorch_lite._ensemble import construct_in_ensemble, stack_module_state
 from functorch_lite._functionalize import functionalize
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jit import eval_shape, jit, load, trace
 from functorch_lite._jvp import jvp
 from functorch_lite._linear import linear_transpose, linearize
 from functorch_lite._memory_budget import memory_budget
-from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_
 from functorch_lite._products import gnvp, hvp, vhp
 from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
 from functorch_lite._vmap import vmap
@@ -20,6 +21,7 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "construct_in_ensemble",
     "custom_jvp",
     "custom_vjp",
     "eval_shape",
