@@ -14,6 +14,7 @@ thread_local Level* innermost = nullptr;
 void set_innermost(Level* level, c10::impl::LocalDispatchKeySet keys) {
   innermost = level;
   keys.included_ = level != nullptr ? keys.included_.add(kFront) : keys.included_.remove(kFront);
+  keys.excluded_ = level != nullptr ? keys.excluded_.add(kExport) : keys.excluded_.remove(kExport);
   c10::impl::_force_tls_local_dispatch_key_set(keys);
 }
 

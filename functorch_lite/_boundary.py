@@ -150,7 +150,7 @@ class Transformed:
         return again
 
 
-_commits.boundary_code = Transformed.__call__.__code__
+_commits.boundary_code.append(Transformed.__call__.__code__)
 #: A transform, its arguments and its keyword arguments.
 MadeOf = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 

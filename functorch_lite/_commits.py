@@ -46,8 +46,8 @@ class _Commit:
 waiting: dict[FrameType, dict[int, _Commit]] = {}
 #: The frames of `outermost`, with the number of levels around them.
 _depths: dict[FrameType, int] = {}
-#: The code of the calls that users make; `_boundary` says which.
-boundary_code: CodeType
+#: The code of the calls that users make; `_boundary` puts it here.
+boundary_code: list[CodeType] = []
 
 
 @dataclass
@@ -75,7 +75,7 @@ def _outermost_call() -> tuple[FrameType | None, int]:
     while frame is not None:
         if frame in _depths:
             return frame, _depths[frame]
-        if frame.f_code is boundary_code:
+        if any(frame.f_code is code for code in boundary_code):
             found = frame
         frame = frame.f_back  # type: ignore[assignment]
     return found, 0
