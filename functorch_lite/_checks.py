@@ -292,6 +292,14 @@ def no_derivative_of_out(transform: str, operator: str) -> str:
     )
 
 
+def not_picklable(transform: str) -> str:
+    """What it returned holds tensors of one evaluation."""
+    return (
+        f"{transform}: got it to pickle, expected what a transform makes of a function, such as vmap(f). This holds "
+        f"what one evaluation has saved; call the transform again where you need it."
+    )
+
+
 def check_pair(transform: str, func: Any, output: Any) -> None:
     """Require the (output, aux) that ``has_aux=True`` promises."""
     if not (isinstance(output, tuple) and len(output) == 2):
