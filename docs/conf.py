@@ -16,14 +16,14 @@ author = "the functorch_lite authors"
 version = release = functorch_lite.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["notebooks/.ipynb_checkpoints"]
 
 # Pages are written to be read on GitHub, too.
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 
 # Recipes run when the site is built, unless their code is as it was in the last build.
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+ignored = shutil.ignore_patterns("*.py", ".*", "__pycache__")
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True, ignore=ignored)
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "docs-cache")
 nb_execution_timeout = 300
@@ -42,6 +42,9 @@ nitpick_ignore_regex = [("py:.*", r"(?!functorch_lite\.).*")]
 
 html_theme = "furo"
 html_title = "functorch_lite"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_copyright = False
 html_copy_source = False
 html_theme_options = {
     "source_repository": REPOSITORY,
@@ -54,16 +57,17 @@ html_theme_options = {
 
 def point_outside(app: Sphinx, name: str, source: list[str]) -> None:
     """Make links to files outside `docs/` links to the page of a notebook, or into the repository."""
+    page = HERE / name
 
     def target(match: re.Match[str]) -> str:
-        path = match[1]
-        if path.startswith("notebooks/") and path.endswith(".ipynb"):
+        path = (page.parent / match[1]).resolve().relative_to(HERE.parent)
+        if path.suffix == ".ipynb":
             return f"]({'../' * name.count('/')}{path})"
         kind = "tree" if (HERE.parent / path).is_dir() else "blob"
         return f"]({REPOSITORY}/{kind}/main/{path})"
 
-    outside = r"\]\((?:\.\./){%d}((?!\.\./)[^)#]+)" % (1 + name.count("/"))
-    source[0] = re.sub(outside, target, source[0])
+    up = "../" * (1 + name.count("/"))
+    source[0] = re.sub(rf"\]\(({re.escape(up)}[^)#]+)\)", target, source[0])
 
 
 def setup(app: Sphinx) -> None:

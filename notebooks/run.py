@@ -2,8 +2,8 @@
 
 python notebooks/run.py notebooks/whirlwind_tour.ipynb [--figures DIRECTORY]
 
-Several notebooks run one after the other, each in a process of its own, and a table has their times. What they print is in
-files beside the pictures.
+Several notebooks run one after the other, each in a process of its own, and a table has their times. What they print is
+in files beside the pictures.
 """
 
 from __future__ import annotations
