@@ -79,7 +79,7 @@ def test_large_constants_are_made_in_each_run():
 def test_sums_along_dimensions_of_size_one_are_views():
     def f(x):
         y = x.sin()[:, None]
-        return [y.sum(1) * 2, y.sum((1,), True).exp(), (x.T.cos()[None]).sum(0).tanh()]
+        return [y.sum(1) * 2, y.sum((1,), True).exp(), x.cos()[None].sum((0,)).tanh()]
 
     assert "sum.dim_IntList" not in calls(program_of(f, X))
     for g in (
