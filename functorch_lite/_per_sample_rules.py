@@ -73,7 +73,7 @@ def _conv(
             x, padding = _padded(x, weight.shape[2:], options["dilation"])
         options["padding"] = _each(0 if padding == "valid" else padding, dims)
         result = function(x, uses.shared(weight), uses.shared_or_none(bias), **options)
-        value, shape = uses.keep(x), uses.constant(weight)
+        value, shape = uses.keep(x), uses.shared(weight)
         return uses.record(
             result,
             (weight, lambda g: ConvWeight(value, g, shape, batch_size, options)),
@@ -109,7 +109,7 @@ def _conv_transpose(
         batch = uses.batch_of(input)
         x = _joined(batch, dims + 2)
         result = function(x, uses.shared(weight), uses.shared_or_none(bias), output_padding=extra, **options)
-        value, shape = uses.keep(x), uses.constant(weight)
+        value, shape = uses.keep(x), uses.shared(weight)
         # The transpose of a convolution: what went in and the cotangent change places.
         return uses.record(
             result,
@@ -233,7 +233,7 @@ def _batch_norm(
 ) -> Any:
     if training or not uses.same_for_all(running_mean, running_var):
         return NotImplemented
-    mean, variance = (None if x is None else uses.constant(x) for x in (running_mean, running_var))
+    mean, variance = (None if x is None else uses.shared(x) for x in (running_mean, running_var))
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps)
