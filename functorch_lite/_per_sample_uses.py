@@ -61,6 +61,7 @@ class _Tap(Function):
             with no_autocast(value):
                 for source, make in ctx.known:
                     source.gradient.add(make(value))
+            ctx.known = ()  # what terms were made of
         return None, None, cotangent, None
 
 
@@ -95,6 +96,7 @@ class Uses(TorchFunctionMode):
         written = any(tensor._version != version for tensor, version in self._saved)
         if written or any(source.tensor._version != source.version for source in self.sources.values()):
             raise UnseenUse
+        self._saved = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
