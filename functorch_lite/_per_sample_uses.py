@@ -136,6 +136,15 @@ class Uses(TorchFunctionMode):
                 return False
         return True
 
+    def can_share(self, *tensors: Tensor | None) -> bool:
+        """Whether all examples share these, and what they depend on is known: `shared` may take their values."""
+        return all(
+            tensor is None
+            or id(tensor) in self.sources
+            or (self.same_for_all(tensor) and not self.vmap.unwrap(tensor)[0].requires_grad)
+            for tensor in tensors
+        )
+
     def batch_of(self, tensor: Tensor) -> Tensor:
         """The value of a tensor that differs between examples, with these in front. For calls below the vmap level."""
         value, dim = self.vmap.unwrap(tensor)

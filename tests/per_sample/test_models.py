@@ -119,6 +119,42 @@ class WithFunction(nn.Module):
         return self.layer(Scale.apply(x, self.w))
 
 
+class WithFunctionOfWeight(nn.Module):
+    """A call with a parameter that is seen and a weight that depends on one in a way that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.scale, self.bias = (nn.Parameter(torch.randn(n)) for n in ((3, 4), (4,), (3,)))
+
+    def forward(self, x):
+        return F.linear(x, Scale.apply(self.w, self.scale), self.bias)
+
+
+class InPlace(nn.Module):
+    """What each layer returns is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.norm = nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.conv, self.groups, self.head = nn.Conv1d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x.mul_(2).sin_()
+        y = self.linear(x)
+        y[..., 0] = 0.5
+        y[:, 1] += x[:, 0]
+        z = self.norm(y.clone())
+        z[:, :2].tanh_()
+        frames = self.conv(z.transpose(1, 2)[0])
+        frames.relu_()
+        out = self.groups(frames[None])
+        out += frames
+        out = self.head(out.mean(-1))
+        out.exp_()
+        return out
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -208,11 +244,14 @@ MODELS = {
     "conv_in_loop": (_conv_in_loop, _rows(2, 5, 4)),
     "bare_parameters": (Bare, _rows(4)),
     "weight_norm": (_weight_norm, _rows(4)),
+    "in_place": (InPlace, lambda: (torch.randint(7, (EXAMPLES, 6)), torch.randint(3, (EXAMPLES,)))),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), _rows(4)),
     "hooks": (Hooked, _rows(4)),
     "drop_connect_of_nothing": (DropConnect, _rows(4)),
 }
 FALLING_BACK = {
     "function": (WithFunction, _rows(4)),
+    "function_of_weight": (WithFunctionOfWeight, _rows(4)),
     "checkpoint": (Checkpointed, _rows(4)),
     "derivative": (WithDerivative, _rows(4)),
     "written": (Written, _rows(4)),
