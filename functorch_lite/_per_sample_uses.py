@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from functorch_lite import _C
 from functorch_lite._per_sample_terms import Term, Total, Wanted
-from functorch_lite._units import plain_apply
 
 # From the cotangent of what a call returned to a term of the parameter's gradient.
 MakeTerm = Callable[[Tensor], Term]
@@ -63,6 +62,10 @@ class _Tap(Function):
                     source.gradient.add(make(value))
             ctx.known = ()  # what terms were made of
         return None, None, cotangent, None
+
+
+# Past the Python of Function.apply, which this package replaces, too.
+_tap: Callable[..., Tensor] = super(Function, _Tap).apply
 
 
 class Uses(TorchFunctionMode):
@@ -173,7 +176,7 @@ class Uses(TorchFunctionMode):
         known = [(source, make) for tensor, make in uses if (source := self.source_of(tensor)) is not None]
         for source, _ in known:
             source.gradient.uses += torch.is_grad_enabled()
-        result = plain_apply(_Tap, self.autodiff, known, result, self.token)
+        result = _tap(self.autodiff, known, result, self.token)
         return self.vmap.lift(result if shape is None else result.view(shape), 0)
 
     # Calls without a rule.
