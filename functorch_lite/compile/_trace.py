@@ -107,7 +107,7 @@ class Trace:
     def guards(self) -> Callable[[Sequence[Tensor]], bool]:
         """Whether the graph is right for the sizes of the dynamic inputs."""
         arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.dynamic]
-        expression = self.shape_env.produce_guards_expression(arguments)
+        expression = self.shape_env.produce_guards_expression(arguments, ignore_static=False)
         if expression is None:
             return lambda tensors: True
         return lambda tensors: bool(self.shape_env.evaluate_guards_expression(expression, tensors))
