@@ -138,5 +138,5 @@ def test_several_notebooks_make_a_table(tmp_path, capsys):
         path.write_text(json.dumps({"cells": [cell]}))
     assert run_all([good], tmp_path)
     assert not run_all([good, bad], tmp_path)
-    assert re.search(r"^bad +\d+\.\d+  failed: .*bad\.txt$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^bad +\d+\.\d +\d+\.\d  failed: .*bad\.txt$", capsys.readouterr().out, re.MULTILINE)
     assert "ZeroDivisionError" in (tmp_path / "bad.txt").read_text()
