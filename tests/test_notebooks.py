@@ -55,6 +55,17 @@ NUMBERS = {
         "kept by the minimum cut, counted, in units of the report": (0.999, 1.001),
         "kept by the minimum cut, in units of the default partition": (0.3, 0.6),
     },
+    "per_sample": {
+        "vmap(grad) against the loop": (0, 1e-5),
+        "per_sample_grads against the loop": (0, 1e-5),
+        "norms against the loop, relative": (0, 1e-5),
+        "clipped sum against the loop, relative": (0, 1e-5),
+        "accountant against integration, relative": (0, 1e-9),
+        "share of wrong labels among as many suspects": (0.5, 1),
+        "what one example adds to the clipped sum": (0, 1.0001),
+        "accuracy with noise 2.0": (0.8, 1),
+        "epsilon with noise 2.0": (2, 5),
+    },
     "pinn": {
         "second derivative against differences": (0, 1e-4),
         "relative error after Adam": (0, 0.1),
