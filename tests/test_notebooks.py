@@ -99,6 +99,7 @@ def _default_dtype():
     torch.set_default_dtype(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_default_dtype")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_what_it_promises(path, tmp_path, capsys):
