@@ -27,7 +27,7 @@ ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
   endif
 endif
 
-.PHONY: help build tour test lint bench clean
+.PHONY: help build tour notebooks test lint docs bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -40,6 +40,9 @@ build: build/ready  ## Build the extension and install the package with what the
 tour: build/ready  ## Run the notebook's cells and print what they show
 	@$(PY) notebooks/run.py notebooks/whirlwind_tour.ipynb
 
+notebooks: build/ready  ## Run every notebook and print their times; pictures and what they print go into build/notebooks
+	@$(PY) notebooks/run.py notebooks/*.ipynb --figures build/notebooks
+
 test: build/ready  ## Run the tests on all processors; ARGS="-k vmap" selects
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/ $(ARGS)
 
@@ -49,6 +52,10 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
+
+docs: build/ready  ## Build the documentation site into build/docs; runs the notebooks that have changed
+	@$(PY) -c 'import furo, myst_nb' 2>/dev/null || $(PY) -m pip install --no-build-isolation -e '.[docs]'
+	$(PY) -m sphinx -n -W --keep-going -d build/doctrees docs build/docs
 
 bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, partitions, compiled steps and compiled transforms
 	@$(PY) benchmarks/overhead.py

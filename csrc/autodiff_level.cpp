@@ -286,6 +286,7 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     seen_outside |= may_be_differentiated(cotangents[i], modes);
   }
   if (roots.empty()) return std::vector<at::Tensor>(inputs.size());
+  const DoorBeforeExport unwraps;
   auto found = try_backward_pass({roots, root_cotangents, inputs, keep_graph, /*create_graph=*/seen_outside});
   if (!found.has_value()) {
     const OneThread one_thread;

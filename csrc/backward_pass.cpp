@@ -42,6 +42,22 @@ void add_to(Tensor& sum, Tensor&& term) {
   }
 }
 
+// Cotangents of what was broadcast along leading dimensions of size 1 need no sum.
+void leave_out_leading_ones(const torch::autograd::edge_list& edges, variable_list& cotangents) {
+  for (size_t i = 0; i < edges.size(); ++i) {
+    auto& cotangent = cotangents[i];
+    if (!edges[i].is_valid() || !cotangent.defined() || !is_dense(cotangent)) continue;
+    const auto& metadata = edges[i].function->input_metadata(edges[i].input_nr);
+    if (metadata.is_nested_tensor()) continue;
+    const auto shape = metadata.shape_as_dim_vector();
+    const auto sizes = cotangent.sym_sizes();
+    if (sizes.size() <= shape.size() || sizes.slice(sizes.size() - shape.size()) != shape) continue;
+    while (static_cast<size_t>(cotangent.dim()) > shape.size() && cotangent.sym_size(0) == 1) {
+      cotangent = cotangent.squeeze(0);
+    }
+  }
+}
+
 class BackwardPass {
  public:
   explicit BackwardPass(const BackwardRequest& request) : request_(request) {}
@@ -131,6 +147,7 @@ class BackwardPass {
     auto results = node(variable_list(std::move(step.cotangents)));
     if (!request_.keep_graph) node.release_variables();
     const auto& edges = node.next_edges();
+    leave_out_leading_ones(edges, results);
     torch::autograd::validate_outputs(edges, results, [&](const std::string& message) {
       return c10::str("Function ", node.name(), " returned an ", message);
     });

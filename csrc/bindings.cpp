@@ -6,6 +6,7 @@
 
 #include "autodiff_level.h"
 #include "call_cache.h"
+#include "donation.h"
 #include "errors.h"
 #include "fallback.h"
 #include "front.h"
@@ -334,7 +335,8 @@ PYBIND11_MODULE(_C, m) {
       .def("finish", &TapeLevel::finish);
 
   py::class_<Program, c10::intrusive_ptr<Program>>(m, "Program")
-      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def("run", &Program::run, py::arg("inputs"), py::arg("may_overwrite") = false,
+           py::call_guard<py::gil_scoped_release>())
       .def("__repr__", &Program::describe);
   py::class_<Recorder, Level, c10::intrusive_ptr<Recorder>>(m, "Recorder")
       .def(py::init<bool>(), py::arg("simplifies"))
@@ -348,18 +350,20 @@ PYBIND11_MODULE(_C, m) {
            [](CallCache& cache, const py::tuple& args, const py::dict& kwargs, const py::object& compute,
               Tensors captured, std::vector<std::pair<size_t, size_t>> writes, std::vector<py::tuple> outputs,
               py::object structure, std::vector<std::pair<py::object, bool>> training,
-              std::vector<std::tuple<py::dict, py::object, py::object>> members) {
+              std::vector<std::tuple<py::dict, py::object, py::object>> members, std::vector<size_t> donated) {
              const bool is_program = py::isinstance<Program>(compute);
              CallCache::Compiled compiled{
                  .program = is_program ? compute.cast<c10::intrusive_ptr<Program>>() : c10::intrusive_ptr<Program>(),
                  .function = compute,
                  .captured = std::move(captured),
                  .writes = std::move(writes),
+                 .donated = std::move(donated),
                  .outputs = std::move(outputs),
                  .structure = std::move(structure)};
              cache.add(args, kwargs, std::move(compiled), {std::move(training), std::move(members)});
            })
       .def("clear", &CallCache::clear);
+  m.def("take_memory", &take_memory);
 
   py::class_<OutsideContext>(m, "Outside")
       .def(py::init<>())

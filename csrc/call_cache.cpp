@@ -11,6 +11,7 @@
 #include <bit>
 #include <cstring>
 
+#include "donation.h"
 #include "level.h"
 #include "wrapper.h"
 
@@ -182,7 +183,8 @@ struct CallCache::Entry {
 
   bool is_valid(const Arguments& arguments) const {
     if (key_of(compiled.captured) != captured_key) return false;
-    if (!compiled.writes.empty() && share_memory(arguments.tensors, compiled.captured)) return false;
+    const bool changes_memory = !compiled.writes.empty() || !compiled.donated.empty();
+    if (changes_memory && share_memory(arguments.tensors, compiled.captured)) return false;
     for (const auto& [module, training] : guards.training) {
       if (module.attr("training").ptr() != (training ? Py_True : Py_False)) return false;
     }
@@ -195,14 +197,16 @@ struct CallCache::Entry {
   py::object run(Arguments arguments) const {
     auto inputs = arguments.tensors;
     inputs.insert(inputs.end(), compiled.captured.begin(), compiled.captured.end());
-    const auto keep = compiled.writes.empty() ? Tensors() : inputs;
     const auto objects = std::move(arguments.objects);
     arguments.tensors.clear();
+    for (const auto i : compiled.donated) inputs[i].storage().data();  // raises an error if it was donated before
+    for (const auto i : compiled.donated) inputs[i] = take_memory(inputs[i]);
+    const auto keep = compiled.writes.empty() ? Tensors() : inputs;
     Tensors results;
     std::vector<py::object> others;
     if (compiled.program.defined()) {
       const py::gil_scoped_release unlocked;
-      results = compiled.program->run(std::move(inputs));
+      results = compiled.program->run(std::move(inputs), !compiled.donated.empty());
       if (!compiled.writes.empty()) write(keep, results);
     } else {
       const at::AutoGradMode unrecorded(false);

@@ -25,6 +25,7 @@ class CallCache {
     Tensors captured;     // the inputs after the arguments
     // (input, result): what the function wrote, in place.
     std::vector<std::pair<size_t, size_t>> writes;
+    std::vector<size_t> donated;  // inputs whose memory the caller gives away
     // (number of a result, None), (None, number of an input) or (None, None, a constant).
     std::vector<py::tuple> outputs;
     // The output: a nested structure of leaves, which are the numbers of outputs; or a function of the outputs.

@@ -43,7 +43,7 @@ void front(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack
   if (level == nullptr || is_shape_check()) {
     const auto n = count_arguments(op);
     replace_tensors(stack->data() + stack->size() - n, n, strip_closed_levels);
-    c10::impl::ExcludeDispatchKeyGuard past_the_door(kFront);
+    const PastTheDoor past_the_door;
     op.callBoxed(stack);
     return;
   }

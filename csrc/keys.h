@@ -33,6 +33,10 @@ constexpr auto kIndexMark = c10::DispatchKey::FuncTorchBatched;
 constexpr auto kTorchFuncIsInnermost = c10::DispatchKey::FuncTorchDynamicLayerFrontMode;
 constexpr auto kLeftByTorchFunc = c10::DispatchKey::FuncTorchGradWrapper;
 
+// Where torch.export records operators as the program calls them. What a level is given is not of the program that is
+// exported, so the key is excluded while a level is innermost: it gets what arrives below all levels.
+constexpr auto kExport = c10::DispatchKey::PreDispatch;
+
 // Where an autodiff level sends an operator: record, track views and versions, then kBelowAutograd.
 inline const c10::DispatchKeySet kAutodiffKeys = c10::DispatchKeySet(kAutograd) | c10::DispatchKeySet(kBelowAutograd) |
                                                  c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);

@@ -14,6 +14,7 @@ thread_local Level* innermost = nullptr;
 void set_innermost(Level* level, c10::impl::LocalDispatchKeySet keys) {
   innermost = level;
   keys.included_ = level != nullptr ? keys.included_.add(kFront) : keys.included_.remove(kFront);
+  keys.excluded_ = level != nullptr ? keys.excluded_.add(kExport) : keys.excluded_.remove(kExport);
   c10::impl::_force_tls_local_dispatch_key_set(keys);
 }
 
@@ -116,6 +117,25 @@ RunAgain::~RunAgain() {
   c10::impl::_force_tls_local_dispatch_key_set(saved_keys_);
   if (sets_modes_) saved_modes_.make_current();
 }
+
+DoorBeforeExport::DoorBeforeExport() : saved_keys_(c10::impl::tls_local_dispatch_key_set()) {
+  if (innermost != nullptr || !saved_keys_.included_.has(kExport)) return;
+  auto keys = saved_keys_;
+  keys.included_ = keys.included_.add(kFront);
+  keys.excluded_ = keys.excluded_.add(kExport);
+  c10::impl::_force_tls_local_dispatch_key_set(keys);
+}
+
+DoorBeforeExport::~DoorBeforeExport() { c10::impl::_force_tls_local_dispatch_key_set(saved_keys_); }
+
+PastTheDoor::PastTheDoor() : saved_keys_(c10::impl::tls_local_dispatch_key_set()) {
+  auto keys = saved_keys_;
+  keys.excluded_ = keys.excluded_.add(kFront);
+  if (innermost == nullptr) keys.excluded_ = keys.excluded_.remove(kExport);
+  c10::impl::_force_tls_local_dispatch_key_set(keys);
+}
+
+PastTheDoor::~PastTheDoor() { c10::impl::_force_tls_local_dispatch_key_set(saved_keys_); }
 
 Outside::Outside() : saved_level_(innermost), saved_keys_(c10::impl::tls_local_dispatch_key_set()) {
   set_innermost(nullptr, saved_keys_);

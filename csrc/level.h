@@ -140,6 +140,31 @@ class RunAgain {
   AutogradModes saved_modes_;
 };
 
+// Has operators come to the door first though no level is open, where torch.export records: the formulas of a level that
+// is closed use its wrappers, which are to be unwrapped before they are seen.
+class DoorBeforeExport {
+ public:
+  DoorBeforeExport();
+  ~DoorBeforeExport();
+  DoorBeforeExport(const DoorBeforeExport&) = delete;
+  DoorBeforeExport& operator=(const DoorBeforeExport&) = delete;
+
+ private:
+  c10::impl::LocalDispatchKeySet saved_keys_;
+};
+
+// Past the door, where no level is open, or none is meant.
+class PastTheDoor {
+ public:
+  PastTheDoor();
+  ~PastTheDoor();
+  PastTheDoor(const PastTheDoor&) = delete;
+  PastTheDoor& operator=(const PastTheDoor&) = delete;
+
+ private:
+  c10::impl::LocalDispatchKeySet saved_keys_;
+};
+
 // Runs the enclosed code outside all levels, as plain PyTorch.
 class Outside {
  public:

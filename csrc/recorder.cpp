@@ -287,13 +287,13 @@ void Recorder::write_into_what_is_not_used_again() {
     const auto& result = values_[call->results[0]];
     const bool fits = target.dense_dtype.has_value() && target.dense_dtype == result.dense_dtype &&
                       target.layout == result.layout && result.memory == call->results[0];
-    const bool is_ours = storage == slot && !target.is_input && !target.constant.defined();
+    const bool is_ours = storage == slot && !target.constant.defined();
     const bool is_read_by_others =
         std::any_of(call->operands.begin() + 1, call->operands.end(),
                     [&](const SlotOperand& other) { return storage_of(other.slot) == storage; });
     if (!fits || !is_ours || is_read_by_others || last_step[storage] != i) continue;
-    call->op = *form;
-    call->in_place = true;
+    call->in_place = form;
+    call->overwrites_input = target.is_input;
     // From here on the memory is used as long as that of the result.
     last_step[storage] = std::max(i, last_step[call->results[0]]);
   }

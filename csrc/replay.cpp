@@ -9,6 +9,14 @@
 
 namespace functorch_lite {
 
+namespace {
+
+bool is_held_by_nobody_else(const at::Tensor& tensor) {
+  return tensor.use_count() == 1 && tensor.storage().use_count() == 1;
+}
+
+}  // namespace
+
 at::Tensor Program::show(const View& view, const Tensors& slots) {
   const auto& base = slots[view.base];
   TORCH_INTERNAL_ASSERT(view.base_layout.fits(base), "jit: a tensor lies in memory in another way than before: sizes ",
@@ -19,17 +27,19 @@ at::Tensor Program::show(const View& view, const Tensors& slots) {
   return at::Tensor(std::move(impl));
 }
 
-void Program::perform(const Call& call, Tensors& slots, Stack& stack) {
+void Program::perform(const Call& call, Tensors& slots, Stack& stack, bool may_overwrite) {
+  const bool writes =
+      call.in_place.has_value() &&
+      (!call.overwrites_input || (may_overwrite && is_held_by_nobody_else(slots[call.operands[0].slot])));
   push_arguments(stack, call.arguments, call.operands, slots);
-  call.op.callBoxed(&stack);
-  if (call.in_place) slots[call.results[0]] = stack[0].toTensor();
+  (writes ? *call.in_place : call.op).callBoxed(&stack);
   size_t i = 0;
   for_each_new_result(call.op.schema(), stack.data(),
                       [&](const at::Tensor& result) { slots[call.results[i++]] = result; });
   stack.clear();
 }
 
-Tensors Program::run(Tensors inputs) const {
+Tensors Program::run(Tensors inputs, bool may_overwrite) const {
   TORCH_CHECK(inputs.size() == inputs_.size(), "jit: got ", inputs.size(), " inputs, expected ", inputs_.size());
   const at::AutoDispatchBelowADInplaceOrView unrecorded;
   const c10::impl::ExcludeDispatchKeyGuard uncast(c10::autocast_dispatch_keyset);
@@ -39,7 +49,7 @@ Tensors Program::run(Tensors inputs) const {
   Stack stack;
   for (const auto& step : steps_) {
     if (const auto* call = std::get_if<Call>(&step.does)) {
-      perform(*call, slots, stack);
+      perform(*call, slots, stack, may_overwrite);
     } else {
       const auto& view = std::get<View>(step.does);
       slots[view.result] = show(view, slots);
@@ -56,7 +66,8 @@ std::string Program::describe() const {
   std::ostringstream text;
   for (const auto& step : steps_) {
     if (const auto* call = std::get_if<Call>(&step.does)) {
-      text << c10::toString(call->op.operator_name()) << '(';
+      const bool always_writes = call->in_place.has_value() && !call->overwrites_input;
+      text << c10::toString((always_writes ? *call->in_place : call->op).operator_name()) << '(';
       for (const auto& operand : call->operands) text << '%' << operand.slot << ' ';
       text << ") ->";
       for (const auto slot : call->results) text << " %" << slot;

@@ -26,8 +26,9 @@ struct Layout {
 
 class Program final : public c10::intrusive_ptr_target {
  public:
-  // The outputs. An input is freed after its last use, unless somebody else holds it.
-  Tensors run(Tensors inputs) const;
+  // The outputs. An input is freed after its last use, unless somebody else holds it, and may be overwritten if
+  // `may_overwrite`, unless somebody else holds it or its storage.
+  Tensors run(Tensors inputs, bool may_overwrite = false) const;
   // One line for each step.
   std::string describe() const;
 
@@ -40,8 +41,9 @@ class Program final : public c10::intrusive_ptr_target {
     Stack arguments;
     std::vector<SlotOperand> operands;
     std::vector<Slot> results;
-    // Whether the result is the first argument, which is not used again.
-    bool in_place = false;
+    // The operator that writes the result into the first argument, which is not used again.
+    std::optional<c10::OperatorHandle> in_place = {};
+    bool overwrites_input = false;
   };
   // A tensor in the memory of another one, `offset` elements after its beginning.
   struct View {
@@ -56,7 +58,7 @@ class Program final : public c10::intrusive_ptr_target {
     std::vector<Slot> last_used;
   };
 
-  static void perform(const Call& call, Tensors& slots, Stack& stack);
+  static void perform(const Call& call, Tensors& slots, Stack& stack, bool may_overwrite);
   static at::Tensor show(const View& view, const Tensors& slots);
 
   std::vector<Layout> inputs_;  // the first slots

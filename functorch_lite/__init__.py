@@ -6,6 +6,7 @@ from functorch_lite import _install
 from functorch_lite._C import level_depth
 from functorch_lite._checks import EscapedTensorError, LoopFallbackWarning
 from functorch_lite._custom_derivatives import custom_jvp, custom_vjp
+from functorch_lite._ensemble import construct_in_ensemble, stack_module_state
 from functorch_lite._functionalize import functionalize
 from functorch_lite._jacobian import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from functorch_lite._jit import eval_shape, jit, load, trace
@@ -13,8 +14,9 @@ from functorch_lite._jvp import jvp
 from functorch_lite._legacy import combine_state_for_ensemble, make_functional, make_functional_with_buffers
 from functorch_lite._linear import linear_transpose, linearize
 from functorch_lite._memory_budget import memory_budget
-from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functorch_lite._modules import functional_call, replace_all_batch_norm_modules_
 from functorch_lite._overlay import overlay
+from functorch_lite._per_sample import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
 from functorch_lite._products import gnvp, hvp, vhp
 from functorch_lite._vjp import grad, grad_and_value, value_and_grad, vjp
 from functorch_lite._vmap import vmap
@@ -22,7 +24,9 @@ from functorch_lite._vmap import vmap
 __all__ = [
     "EscapedTensorError",
     "LoopFallbackWarning",
+    "clipped_grad_sum",
     "combine_state_for_ensemble",
+    "construct_in_ensemble",
     "custom_jvp",
     "custom_vjp",
     "eval_shape",
@@ -47,6 +51,8 @@ __all__ = [
     "make_fx",
     "memory_budget",
     "overlay",
+    "per_sample_grad_norms",
+    "per_sample_grads",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "trace",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType, MethodType, TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
-from functorch_lite import _C, _checks
+from functorch_lite import _C, _checks, _commits
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+_Span = torch._C._profiler._RecordFunctionFast
 
 _OURS = os.path.dirname(__file__) + os.sep
 #: Frames further out have called vmap.
@@ -95,22 +99,80 @@ def _explain(transform: str, error: BaseException) -> None:
         error.args = (_checks.no_derivative_of_out(transform, found["op"] or found["forward"].removesuffix("_out")),)
 
 
-def boundary(transform: str, function: FunctionT, like: object = None) -> FunctionT:
-    """Wrap what users call: an error shows their lines, not ours, and names ``transform``.
+class Transformed:
+    """What users call: an error shows their lines, not ours, a profile the transform, and commits are written.
 
-    ``like`` lends its name and docstring.
+    pickle and copy.deepcopy make it again from what it was made of.
     """
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    __slots__ = ("__dict__", "__weakref__", "_function", "_made_of", "_span", "_transform")
+
+    def __init__(self, transform: str, function: Callable[..., Any], like: object, made_of: MadeOf | None) -> None:
+        named = like if callable(like) else function
+        functools.update_wrapper(self, named)
+        self.__dict__.setdefault("__name__", _checks.name_of(named))
+        self._transform, self._function, self._made_of = transform, function, made_of
+        self._span = f"functorch_lite::{transform}"
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            if profiler._is_profiler_enabled:
+                with _Span(self._span):
+                    result = self._function(*args, **kwargs)
+            else:
+                result = self._function(*args, **kwargs)
+            if _commits.waiting:
+                _commits.finish(sys._getframe())
+            return result
         except BaseException as error:
-            _explain(transform, error)
+            if _commits.waiting:
+                _commits.discard(sys._getframe())
+            _explain(self._transform, error)
             if os.environ.get(FULL_TRACEBACK, "0") == "0":
                 error.__traceback__ = _without_our_frames(error.__traceback__)
             raise
 
-    return functools.update_wrapper(wrapper, like if callable(like) else function)  # type: ignore[return-value]
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<{self._transform} of {_checks.name_of(self)}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        if name := _global_name(self):
+            return name
+        if self._made_of is None:
+            raise TypeError(_checks.not_picklable(self._transform))
+        return _make_again, self._made_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transformed:
+        if self._made_of is None:
+            return self
+        again: Transformed = _make_again(*copy.deepcopy(self._made_of, memo))
+        return again
+
+
+_commits.boundary_code.append(Transformed.__call__.__code__)
+#: A transform, its arguments and its keyword arguments.
+MadeOf = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def _make_again(transform: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return transform(*args, **kwargs)
+
+
+def _global_name(transformed: Transformed) -> str:
+    """Its name, if that is what its module has under the name, as with a transform that is a decorator."""
+    qualified: str = getattr(transformed, "__qualname__", "")
+    found: Any = sys.modules.get(transformed.__module__)
+    for name in qualified.split("."):
+        found = getattr(found, name, None)
+    return qualified if found is transformed else ""
+
+
+def boundary(transform: str, function: FunctionT, like: object = None, made_of: MadeOf | None = None) -> FunctionT:
+    """Wrap what users call. ``like`` lends its name and docstring; ``made_of`` makes it again."""
+    return Transformed(transform, function, like, made_of)  # type: ignore[return-value]
 
 
 def _user_frame() -> FrameType | None:

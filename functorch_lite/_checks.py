@@ -180,24 +180,24 @@ def refuse_rule_leaf(name: str, what: str, got: Any, like: tuple[Any, Any], of: 
     raise ValueError(f"{name}: {what} must have {expected}, got {tuple(got.shape)} and {got.dtype}.")
 
 
-def argument_positions(transform: str, argnums: Any, count: int) -> tuple[int, ...]:
-    """The non-negative positions that ``argnums`` selects among ``count`` positional arguments."""
+def argument_positions(transform: str, argnums: Any, count: int, name: str = "argnums") -> tuple[int, ...]:
+    """The non-negative positions that ``argnums``, the argument ``name``, selects among ``count`` positional ones."""
     if type(argnums) is int and 0 <= argnums < count:
         return (argnums,)
     given = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(given, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
-        refuse_type(f"{transform}: argnums must be an int or a tuple of ints, got {argnums!r}.")
+        refuse_type(f"{transform}: {name} must be an int or a tuple of ints, got {argnums!r}.")
     if not given:
-        raise ValueError(f"{transform}: argnums is empty; name at least one positional argument.")
+        raise ValueError(f"{transform}: {name} is empty; name at least one positional argument.")
     for i in given:
         if not -count <= i < count:
             raise ValueError(
-                f"{transform}: argnums={argnums!r} selects positional argument {i}, but the function was called with "
-                f"{count} positional argument{'s' * (count != 1)}. Pass what is to be differentiated by position."
+                f"{transform}: {name}={argnums!r} selects positional argument {i}, but the function was called with "
+                f"{count} positional argument{'s' * (count != 1)}. Pass what it selects by position."
             )
     positions = tuple(i % count for i in given)
     if len(set(positions)) != len(positions):
-        raise ValueError(f"{transform}: argnums={argnums!r} selects the same argument twice.")
+        raise ValueError(f"{transform}: {name}={argnums!r} selects the same argument twice.")
     return positions
 
 
@@ -228,6 +228,12 @@ def many_graphs(name: str, count: int, changed: tuple[str, str | None, str] | No
         f"jit: {name} was compiled {count} times, for arguments that differ from each other.{what} For changing "
         f"numbers, pass tensors, as in torch.tensor(0.1) for 0.1.{sizes}"
     )
+
+
+DONATION_WITH_GRADIENTS = (
+    "jit: donated arguments keep their memory, for the results require grad, and their derivative may need it. Call "
+    "the function under torch.no_grad(), or detach the arguments."
+)
 
 
 def check_module(called: str, module: Any) -> None:
@@ -283,6 +289,14 @@ def no_derivative_of_out(transform: str, operator: str) -> str:
     return (
         f"{transform}: {operator}(..., out=tensor) cannot be differentiated. Use what {operator}(...) returns, and "
         f"tensor.copy_(result) if it has to be written into a tensor that the function made."
+    )
+
+
+def not_picklable(transform: str) -> str:
+    """What it returned holds tensors of one evaluation."""
+    return (
+        f"{transform}: got it to pickle, expected what a transform makes of a function, such as vmap(f). This holds "
+        f"what one evaluation has saved; call the transform again where you need it."
     )
 
 

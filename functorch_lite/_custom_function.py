@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.modules._functions import BackwardHookFunction
 
 from functorch_lite import _C, _checks, _rules, _tree, _units
 from functorch_lite._transpose import transpose
@@ -51,7 +52,8 @@ def _belongs_to_an_operator(cls: type[Function]) -> bool:
 def _unit_of(cls: type[Function]) -> Unit:
     unit = cls.__dict__.get("_functorch_lite_unit")
     if unit is None:
-        unit = cls._functorch_lite_unit = _FunctionUnit(cls)  # type: ignore[attr-defined]
+        kind = _BackwardHookUnit if cls is BackwardHookFunction else _FunctionUnit
+        unit = cls._functorch_lite_unit = kind(cls)  # type: ignore[attr-defined]
     return unit
 
 
@@ -115,6 +117,15 @@ class _FunctionUnit(Unit):
                 self.cls.setup_context(call.context, tuple(args), outputs)
         call.context.outputs = as_tuple(outputs)
         return outputs
+
+
+class _BackwardHookUnit(_FunctionUnit):
+    """PyTorch's Function for the backward hooks of modules, which returns its arguments."""
+
+    def forward(self, context: Context, *args: Any) -> Any:
+        """PyTorch's asks for `requires_grad`, which values do not have."""
+        context.mark_non_differentiable(*(x for x, n in zip(args, context.needs_input_grad, strict=True) if not n))
+        return args
 
 
 def _backward_of(cls: type[Function]) -> Callable[..., Any]:

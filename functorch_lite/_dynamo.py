@@ -39,12 +39,15 @@ from functorch_lite import (
     _basis,
     _boundary,
     _checks,
+    _commits,
     _custom_derivatives,
+    _ensemble,
     _functionalize,
     _jacobian,
     _jvp,
     _linear,
-    _modules,
+    _module_checks,
+    _module_state,
     _overlay,
     _tree,
     _vjp,
@@ -351,7 +354,7 @@ def _generators_in_use() -> list[torch.Generator]:
 
 
 @substitute_in_graph(_boundary.boundary)
-def _boundary_(transform: str, function: Any, like: object = None) -> Any:
+def _boundary_(transform: str, function: Any, like: object = None, made_of: Any = None) -> Any:
     return function
 
 
@@ -431,14 +434,24 @@ def _has_readable_values(leaves: Any) -> bool:
 def _check_aux(transform: str, aux: Any) -> None: ...
 
 
-_stack = _copied(_modules._stack)
+_stack = _copied(_ensemble._stack)
 
 
-@substitute_in_graph(_modules._stack)
+@substitute_in_graph(_ensemble._stack)
 def _stack_buffers(kind: str, tensors: Any) -> Any:
     if any(tensor.requires_grad for one in tensors for tensor in one.values()):
         _refuse(_checks.compiled_stack())
     return _stack(kind, tensors)
+
+
+@substitute_in_graph(_module_state.was_written)
+def _was_written(original: Tensor, copy: Tensor, version: int | None) -> NoReturn:
+    _refuse(_module_checks.compiled_state())
+
+
+@substitute_in_graph(_commits.current)
+def _current(target: Tensor) -> NoReturn:
+    _refuse(_module_checks.compiled_state())
 
 
 @substitute_in_graph(_basis._basis)

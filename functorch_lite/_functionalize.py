@@ -57,7 +57,7 @@ def functionalize(
     def functional(*args: Any, **kwargs: Any) -> Any:
         return run(remove == "mutations", func, args, kwargs)
 
-    return boundary("functionalize", functional, like=func)
+    return boundary("functionalize", functional, like=func, made_of=(functionalize, (func,), {"remove": remove}))
 
 
 def run(keep_views: bool, func: Callable[..., Any], args: Any, kwargs: dict[str, Any] | None = None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_lite import _C, _checks, _tree
 from functorch_lite._basis import ChunkSize, apply_to_basis
-from functorch_lite._boundary import boundary
+from functorch_lite._boundary import MadeOf, boundary
 from functorch_lite._jacobian_blocks import by_rows, dtype_of_rows, from_columns, needs_imaginary_rows
 from functorch_lite._jvp import push_leaves
 from functorch_lite._linear import Pushforward
@@ -99,7 +99,8 @@ def _reverse(
         result = by_rows(pullback, arguments, chunk_size)
         return (result, aux) if has_aux else result
 
-    return boundary(transform, jacobian, like=func)
+    made_of: MadeOf = (_reverse, (transform, func, argnums, has_aux, chunk_size), {})
+    return boundary(transform, jacobian, like=func, made_of=made_of)
 
 
 def jacfwd(
@@ -177,7 +178,8 @@ def _forward(
         result = _tree.unflatten(from_columns(columns, primals, spec, arguments), seen["spec"])
         return (result, aux) if has_aux else result
 
-    return boundary(transform, jacobian, like=func)
+    made_of: MadeOf = (_forward, (transform, func, argnums, has_aux, randomness, chunk_size), {})
+    return boundary(transform, jacobian, like=func, made_of=made_of)
 
 
 def hessian(
@@ -284,7 +286,8 @@ def jacobian(
         _, aux, result = run(*args, **kwargs)
         return (result, aux) if has_aux else result
 
-    return boundary("jacobian", matrix, like=func)
+    made_of = (jacobian, (func, argnums), {"has_aux": has_aux, "chunk_size": chunk_size})
+    return boundary("jacobian", matrix, like=func, made_of=made_of)
 
 
 def value_and_jacobian(
@@ -321,4 +324,5 @@ def value_and_jacobian(
         value, aux, result = run(*args, **kwargs)
         return ((value, aux) if has_aux else value), result
 
-    return boundary("value_and_jacobian", both, like=func)
+    made_of = (value_and_jacobian, (func, argnums), {"has_aux": has_aux, "chunk_size": chunk_size})
+    return boundary("value_and_jacobian", both, like=func, made_of=made_of)

@@ -20,7 +20,13 @@ File = str | PathLike[str] | IO[bytes]
 _MANY = 8
 
 
-def jit(func: Callable[..., Any], backend: Backend = "replay", *, dynamic: bool = False) -> Callable[..., Any]:
+def jit(
+    func: Callable[..., Any],
+    backend: Backend = "replay",
+    *,
+    dynamic: bool = False,
+    donate_argnums: int | tuple[int, ...] = (),
+) -> Callable[..., Any]:
     """Compile a function, with all transforms in it, into one flat graph that later calls run.
 
     The function is traced when it is called for the first time, and again for arguments of other shapes, strides,
@@ -35,6 +41,10 @@ def jit(func: Callable[..., Any], backend: Backend = "replay", *, dynamic: bool 
             about a trace. ``"inductor"``: kernels are generated and compiled, which takes seconds and is for long runs.
             Or a compiler of graphs as `functorch_lite.compile.aot_function` takes it. Default ``"replay"``.
         dynamic: Whether sizes become symbols, so that one trace serves many of them. Default False.
+        donate_argnums: Positional arguments that the caller does not need any more, as in JAX: their memory is freed
+            after its last use, or used for results, and their tensors, and others that share their memory, have no
+            contents after the call. A tensor stays as it is where a result shares its memory, inside transforms, and,
+            with a warning, where results require grad. Default none.
 
     Returns:
         A function like ``func``, with the method ``save(file, *args, **kwargs)``, which writes the graph for such
@@ -67,6 +77,7 @@ def jit(func: Callable[..., Any], backend: Backend = "replay", *, dynamic: bool 
     name = getattr(func, "__name__", type(func).__name__)
     compiled = _user.compiled_function(func, _user.options_of("jit", compiler, dynamic=dynamic))
     compiled.on_compile = _Watch(name, dynamic)
+    compiled.donated = None if donate_argnums == () else donate_argnums
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled.call_with(args, kwargs, lambda: _arguments.names(func, args, kwargs))

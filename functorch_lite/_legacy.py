@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from functorch_lite import _checks
-from functorch_lite._modules import functional_call, stack_module_state
+from functorch_lite._ensemble import stack_module_state
+from functorch_lite._modules import functional_call
 
 
 class _Stateless(nn.Module):

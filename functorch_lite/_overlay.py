@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from functorch_lite import _functionalize, _jacobian, _jvp, _legacy, _linear, _modules, _vjp, _vmap
+from functorch_lite import _ensemble, _functionalize, _jacobian, _jvp, _legacy, _linear, _modules, _vjp, _vmap
 
 #: The modules of PyTorch that offer its transforms to others. The last ones have private names, and packages use them.
 _PLACES = (
@@ -109,7 +109,7 @@ _OURS: dict[str, Any] = {
     "make_functional": _legacy.make_functional,
     "make_functional_with_buffers": _legacy.make_functional_with_buffers,
     "replace_all_batch_norm_modules_": _modules.replace_all_batch_norm_modules_,
-    "stack_module_state": _modules.stack_module_state,
+    "stack_module_state": _ensemble.stack_module_state,
     "vjp": _vjp_of_theirs,
     "vmap": _vmap.vmap,
 }

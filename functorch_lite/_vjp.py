@@ -186,7 +186,7 @@ def grad(func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: 
         _, aux, grads = run(*args, **kwargs)
         return (grads, aux) if has_aux else grads
 
-    return boundary("grad", gradient, like=func)
+    return boundary("grad", gradient, like=func, made_of=(grad, (func, argnums, has_aux), {}))
 
 
 def grad_and_value(
@@ -218,7 +218,9 @@ def grad_and_value(
         value, aux, grads = run(*args, **kwargs)
         return grads, (value, aux) if has_aux else value
 
-    return boundary("grad_and_value", gradient_and_value, like=func)
+    return boundary(
+        "grad_and_value", gradient_and_value, like=func, made_of=(grad_and_value, (func, argnums, has_aux), {})
+    )
 
 
 def value_and_grad(
@@ -250,4 +252,4 @@ def value_and_grad(
         value, aux, grads = run(*args, **kwargs)
         return ((value, aux) if has_aux else value), grads
 
-    return boundary("value_and_grad", both, like=func)
+    return boundary("value_and_grad", both, like=func, made_of=(value_and_grad, (func, argnums, has_aux), {}))

@@ -77,7 +77,8 @@ def vmap(
             outputs.append(_map(func, chunk, spec, dims, size, out_dims, mode, kwargs, chunks))
         return _join_chunks(func, outputs, out_dims)
 
-    return boundary("vmap", mapped, like=func)
+    made_of = (vmap, (func, in_dims, out_dims, randomness), {"chunk_size": chunk_size})
+    return boundary("vmap", mapped, like=func, made_of=made_of)
 
 
 def _map(

@@ -1,6 +1,9 @@
 """Runs the code cells of a notebook in order, without Jupyter, and prints what they would show.
 
 python notebooks/run.py notebooks/whirlwind_tour.ipynb [--figures DIRECTORY]
+
+Several notebooks run one after the other, each in a process of its own, and a table has their times. What they print is
+in files beside the pictures.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ import argparse
 import ast
 import json
 import linecache
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +74,31 @@ def run(path: Path, figures: Path) -> int:
     return len(cells)
 
 
+def run_all(paths: Sequence[Path], figures: Path) -> bool:
+    """Run each notebook in a process of its own and print a table of times; returns whether all ran."""
+    figures.mkdir(parents=True, exist_ok=True)
+    failed = False
+    print(f"{'notebook':20} {'seconds':>8}")
+    for path in paths:
+        log, start = figures / f"{path.stem}.txt", time.perf_counter()
+        with log.open("w", encoding="utf-8") as output:
+            command = [sys.executable, __file__, str(path), "--figures", str(figures)]
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        failed |= code != 0
+        print(f"{path.stem:20} {time.perf_counter() - start:8.1f}" + (f"  failed: {log}" if code else ""), flush=True)
+    return not failed
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Run the code cells of a notebook in order.")
-    parser.add_argument("notebook", type=Path)
+    parser = argparse.ArgumentParser(description="Run the code cells of notebooks in order.")
+    parser.add_argument("notebooks", type=Path, nargs="+", metavar="notebook")
     parser.add_argument("--figures", type=Path, default=Path("build/figures"), help="where pictures are written")
     arguments = parser.parse_args()
-    count = run(arguments.notebook, arguments.figures)
-    print(f"\n{arguments.notebook}: {count} cells ran.")
+    if len(arguments.notebooks) > 1:
+        sys.exit(not run_all(arguments.notebooks, arguments.figures))
+    (path,) = arguments.notebooks
+    print(f"\n{path}: {run(path, arguments.figures)} cells ran.")
 
 
 if __name__ == "__main__":

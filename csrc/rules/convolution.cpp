@@ -145,8 +145,9 @@ void convolution_backward_rule(BatchCall& call) {
   at::Tensor grad_input, grad_weight, grad_bias;
   // Each needs the arguments as they came: an argument that one of them expands counts as batched for the next.
   if (mask[2]) grad_bias = with_batch(backward.bias(), grad_batched);
-  if (mask[1]) grad_weight = with_batch(backward.weight(), grad_batched || input_batched);
-  if (mask[0]) grad_input = with_batch(backward.input(), call.is_batched(0) || weight_batched);
+  // The input's first, whose temporaries are the largest.
+  if (mask[0]) grad_input = with_batch(backward.input(), grad_batched || weight_batched);
+  if (mask[1]) grad_weight = with_batch(backward.weight(), call.is_batched(0) || input_batched);
   call.set_results(grad_input, grad_weight, grad_bias);
   call.finish();
 }

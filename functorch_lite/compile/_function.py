@@ -8,13 +8,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from functorch_lite import _C
-from functorch_lite.compile import _arguments, _bases, _checks, _levels, _trace
+from functorch_lite.compile import _arguments, _bases, _checks, _donation, _levels, _trace
 from functorch_lite.compile._arguments import Arguments
 from functorch_lite.compile._run import Input
 from functorch_lite.compile._specialization import Options, Specialization
@@ -80,6 +79,8 @@ class CompiledLeaves:
         self._entries: dict[Any, list[_Entry]] = {}
         #: Told of each graph, with the names and leaves of the arguments.
         self.on_compile: Callable[[Sequence[str], Sequence[Any]], None] | None = None
+        #: Of the arguments that callers give away.
+        self.donated: int | tuple[int, ...] | None = None
         #: Finds entries without Python where that is simple.
         self._shortcuts = _C.CallCache()
         #: The function under transforms, by the transform.
@@ -111,11 +112,15 @@ class CompiledLeaves:
         if _is_traced() or _C.current_level() is not None:
             return pytree.tree_unflatten(*self.call(leaves, structure, names))
         arguments = Arguments(leaves)
+        candidates = () if self.donated is None else _donation.candidates(self.donated, args, arguments)
         entry = self._compiled_entry(arguments, structure, names)
-        output = pytree.tree_unflatten(entry.run(arguments.tensors), entry.structure)
-        if (shortcut := entry.shortcut(arguments.tensors)) is not None:
+        results = entry.run(arguments.tensors)
+        donated = _donation.usable(candidates, arguments.tensors, results)
+        if (shortcut := entry.shortcut(arguments.tensors, donated)) is not None:
             self._shortcuts.add(args, kwargs, *shortcut)
-        return output
+        for i in donated:
+            _C.take_memory(arguments.tensors[i])
+        return pytree.tree_unflatten(results, entry.structure)
 
     def _compiled_entry(self, arguments: Arguments, structure: Any, names: Names) -> _Entry:
         entry = self.find(arguments, structure, names)
@@ -244,10 +249,10 @@ class _Entry:
         return not (self._writes and self._shares_captured(tensors))
 
     def _shares_captured(self, tensors: list[Tensor]) -> bool:
-        memories = {_memory(tensor) for tensor, _ in self._captured}
-        return not memories.isdisjoint(map(_memory, tensors))
+        memories = {_donation.memory(tensor) for tensor, _ in self._captured}
+        return not memories.isdisjoint(map(_donation.memory, tensors))
 
-    def shortcut(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    def shortcut(self, tensors: list[Tensor], donated: list[int]) -> tuple[Any, ...] | None:
         """What `_C.CallCache` has to know about calls with tensors like these. None if Python has to do them."""
         if self._bases is not None or self._same_tensors:
             return None
@@ -255,7 +260,8 @@ class _Entry:
         if found is None:
             return None
         structure = _template(self.structure)
-        return found.compute, found.captured, found.writes, found.outputs, structure, self._training, self._owners
+        graph = found.compute, found.captured, found.writes, found.outputs, structure
+        return *graph, self._training, self._owners, donated
 
     def run(self, tensors: list[Tensor], level: _C.AutodiffLevel | None = None) -> list[Any]:
         """The leaves of the output, for tensors of ``level``, the innermost one, or plain ones."""
@@ -267,11 +273,6 @@ class _Entry:
 
 def _valid(entries: list[_Entry], tensors: list[Tensor]) -> _Entry | None:
     return next((entry for entry in entries if entry.is_valid(tensors)), None)
-
-
-def _memory(tensor: Tensor) -> int:
-    """Something that is equal for tensors of one storage."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided and not is_subclass(tensor) else id(tensor)
 
 
 def _template(structure: pytree.TreeSpec) -> Any:

@@ -104,9 +104,22 @@ def _calls_from_cpp(gm: fx.GraphModule) -> bool:
 
     It can, if they are PyTorch's own on the CPU. A file of calls costs as much time to compile as two kernels do.
     """
-    targets = [node.target for node in gm.graph.nodes if isinstance(node.target, OpOverload)]
-    calls = sum(target in _NOT_GENERATED for target in targets)
-    return _devices(gm) == {"cpu"} and calls > 2 and all(target.namespace in ("aten", "prims") for target in targets)
+    operators = [node for node in gm.graph.nodes if isinstance(node.target, OpOverload)]
+    is_possible = _devices(gm) == {"cpu"} and all(node.target.namespace in ("aten", "prims") for node in operators)
+    return is_possible and _count_kernels(gm) > 2
+
+
+def _count_kernels(gm: fx.GraphModule) -> int:
+    """About how many kernels Inductor generates: it fuses what it does not have to call another kernel between."""
+    calls_before: dict[fx.Node, int] = {}
+    kernels = set()
+    for node in gm.graph.nodes:
+        is_called = node.target in _NOT_GENERATED
+        calls = max((calls_before[source] for source in node.all_input_nodes), default=0)
+        calls_before[node] = calls + is_called
+        if isinstance(node.target, OpOverload) and node.all_input_nodes and not is_called and not _nodes.is_view(node):
+            kernels.add(calls)
+    return len(kernels)
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

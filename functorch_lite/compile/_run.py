@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from functorch_lite import _C, _tree
+from functorch_lite import _C, _commits, _tree
 from functorch_lite.compile._annotations import ModuleStack
 from functorch_lite.compile._subclasses import plain_tensors
 
@@ -67,7 +67,7 @@ class Run:
             for one, value in zip(list(self.inputs), values, strict=True):
                 self.lift(one, value)
             with self.modules.watching():
-                self.leaves = self.captures.inside(self.function(list(self.arguments)))
+                self.leaves = self.captures.inside(_commits.outermost(self.function, list(self.arguments)))
             self.after_forward()
 
     def after_forward(self) -> None:

@@ -72,7 +72,7 @@ class _WrongGradient(torch.autograd.Function):
         return g * (1 + 1e-6)
 
 
-RUN_AS_GRAPHS = [name for name, form in compiled.FORMS.items() if "replay" not in form.options]
+RUN_AS_GRAPHS = [name for name, form in compiled.FORMS.items() if not form.options.keys() & {"replay", "donated"}]
 ERRORS = {
     "numbers": (lambda y: y * (1 + 1e-6), RUN_AS_GRAPHS),
     "gradients": (_WrongGradient.apply, RUN_AS_GRAPHS),

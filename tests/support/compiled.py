@@ -53,6 +53,7 @@ RAISING = {
     "nn.functional.ctc_loss": _SIZE_FROM_DATA,
     "nn.functional.fractional_max_pool3d (dynamic)": _NO_SYMBOLIC_SIZES,
     "geqrf (dynamic)": _NO_SYMBOLIC_SIZES,
+    "resize_as_ (dynamic)": _NO_SYMBOLIC_SIZES,
     "nn.functional.hardshrink (dynamic)": _NO_SYMBOLIC_SIZES,
     "nn.functional.softshrink (dynamic)": _NO_SYMBOLIC_SIZES,
     "histogramdd (dynamic)": _NO_SYMBOLIC_SIZES,
@@ -75,7 +76,7 @@ class Case:
         """What ``func``, the function in some form, gives: outputs, written tensors, and gradients up to this order."""
         torch.manual_seed(SEED)
         leaves = [x.detach().clone(memory_format=torch.preserve_format) for x in self.sample.tensors]
-        for i in self.differentiated:
+        for i in self.differentiated if order > 0 else []:
             leaves[i].requires_grad_()
         args = [leaves[0].clone(), *leaves[1:]] if self.writes else leaves
         results = ops.tensors_of(func(*args))
@@ -126,6 +127,17 @@ def _in_place(op: OpInfo, sample: Any) -> Case | None:
     return Case("", lambda *xs: at.call(op.inplace_variant, xs), at, _variables(at), writes=True)
 
 
+def _donated(op: OpInfo, sample: Any) -> Case | None:
+    """Beside a pointwise operator that uses the tensors last, and may write into them."""
+    at = _Sample(sample)
+
+    def func(*xs: Tensor) -> Any:
+        result = sample.output_process_fn_grad(at.call(op, xs))
+        return result, [x.neg() if x.dtype != torch.bool else x.logical_not() for x in xs]
+
+    return Case("", func, at, _variables(at))
+
+
 def _variables(at: _Sample) -> list[int]:
     return [k for k, i in enumerate(at.positions) if at.leaves[i].requires_grad]
 
@@ -148,6 +160,7 @@ FORMS = {
     "double backward": Form(_function, order=2, has_peer=False),
     "replay": Form(_function, options={"replay": True}, has_peer=False),
     "replay in place": Form(_in_place, options={"replay": True}, has_peer=False),
+    "donated": Form(_donated, order=0, options={"donated": True}, has_peer=False),
 }
 
 
@@ -230,7 +243,7 @@ def _judge(
     """The kind of outcome, and a message."""
     try:
         compiled = side.function(case.func, **form.options)
-        if "replay" in form.options:  # what is recorded must not depend on the numbers
+        if form.options.keys() & {"replay", "donated"}:  # what is recorded must not depend on the numbers
             with contextlib.suppress(RuntimeError):  # not a valid call
                 case.nearby().run(compiled, order)
         # The second call takes what the first has compiled.

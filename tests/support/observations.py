@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+import functorch_lite
+
 Observation = dict[str, Any]
 
 #: Gradients are sums, which may be rounded in another order.
@@ -46,9 +48,17 @@ class Implementation:
     refusals: str = r"^\w+: (compile|aot_\w+|functionalize|vmap|grad|vjp|jvp)\b.*: "
 
     def function(
-        self, func: Callable[..., Any], min_cut: bool = False, replay: bool = False, **options: Any
+        self,
+        func: Callable[..., Any],
+        min_cut: bool = False,
+        replay: bool = False,
+        donated: bool = False,
+        **options: Any,
     ) -> Callable[..., Any]:
         """The function compiled, with graphs that run as they are, or are recorded and replayed."""
+        if donated:
+            compiled = functorch_lite.jit(lambda args: func(*args), donate_argnums=0)
+            return lambda *args: compiled(args)
         compiler = self.api.replay if replay else as_it_is
         return self.api.aot_function(func, compiler, partition_fn=self._partition(min_cut), **options)
 

@@ -20,7 +20,7 @@ from functorch_lite import (
     vmap,
 )
 
-from .support.oracles import finite_difference_jvp
+from ..support.oracles import finite_difference_jvp
 
 
 class Tied(nn.Module):
