@@ -368,6 +368,32 @@ def test_theirs_returned_from_inside_ours():
     assert_close(fl.jvp(pulled_late, (x,), (x,)), fl.jvp(expected, (x,), (x,)))
 
 
+class Doubled(torch.autograd.Function):
+    """Twice the derivative of the sine, so that nobody can miss it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return 2 * cotangent * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("outer", ["grad", "vmap", "jacrev", "functionalize"])
+def test_functions_and_new_tensors_inside_theirs_inside_ours(outer):
+    f = lambda x: (Doubled.apply(x) * x.new_tensor([2.0]) + x.new(3).zero_()).sum()
+    nested = lambda inner: OURS[outer](lambda x: inner(f)(x).sum())(X[1])
+    assert_close(nested(torch.func.grad), nested(fl.grad))
+    assert_close(fl.grad(f)(X[1]), 4 * X[1].cos())
+
+
 def test_a_batched_number_inside_torch_func():
     number = torch.tensor([1, 2])
     mapped = lambda number: fl.vmap(lambda n, x: torch.func.vmap(lambda y: y * n)(x))(number, X)
