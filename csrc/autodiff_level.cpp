@@ -205,6 +205,16 @@ at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
   return primal.is_neg() ? at::_neg_view(at::neg(tangent)) : tangent;
 }
 
+// Whether `x` is batched at each level where `y` is.
+bool is_batched_like(const at::Tensor& x, const at::Tensor& y) {
+  const auto* of_y = as_wrapper(y);
+  if (of_y == nullptr) return true;
+  const auto* of_x = as_wrapper(x);
+  if (of_x == nullptr || of_x->level() != of_y->level() || of_x->is_symbolic_zero()) return false;
+  if (of_x->bdim() == kNoBatchDim && of_y->bdim() != kNoBatchDim) return false;
+  return is_batched_like(of_x->value(), of_y->value());
+}
+
 }  // namespace
 
 at::Tensor AutodiffLevel::lift_dual(const at::Tensor& primal, const at::Tensor& tangent) {
@@ -281,7 +291,8 @@ std::vector<at::Tensor> AutodiffLevel::backward(const std::vector<at::Tensor>& o
     const auto& value = as_wrapper(outputs[i])->value();
     roots.push_back(outputs[i]);
     // Formulas write in place into what they make from the cotangent: it must be batched wherever the output is.
-    root_cotangents.push_back(is_transformed(value) ? at::add(cotangents[i], at::zeros_like(value)) : cotangents[i]);
+    const bool is_expanded = is_transformed(value) && !is_batched_like(cotangents[i], value);
+    root_cotangents.push_back(is_expanded ? at::add(cotangents[i], at::zeros_like(value)) : cotangents[i]);
     seen_outside |= may_be_differentiated(value, modes);
     seen_outside |= may_be_differentiated(cotangents[i], modes);
   }

@@ -55,6 +55,17 @@ bool is_identity_matrix(const at::Tensor& constant) {
   return at::equal(constant, at::eye(constant.size(0), constant.options()));
 }
 
+// The layout of the dimensions that have more than one element, or none.
+Layout without_ones(const at::Tensor& tensor) {
+  Layout layout;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) == 1) continue;
+    layout.sizes.push_back(tensor.size(dim));
+    layout.strides.push_back(tensor.stride(dim));
+  }
+  return layout;
+}
+
 // Whether another tensor of the same dtype in the memory of `base` is described by its layout.
 bool shows(const at::Tensor& tensor, const at::Tensor& base) {
   return tensor.has_storage() && base.has_storage() && tensor.storage().is_alias_of(base.storage()) &&
@@ -135,6 +146,14 @@ std::optional<Slot> Recorder::equal_operand(const Recorded& recorded, const at::
   return std::nullopt;
 }
 
+// Whether the call is a sum along dimensions of size 1: its operand, seen in another way.
+bool Recorder::sums_nothing(const Recorded& recorded, const at::Tensor& result) const {
+  if (!simplifies_ || name_of(recorded.call.op) != "aten::sum" || recorded.operands.size() != 1) return false;
+  const auto& x = recorded.operands[0];
+  if (!is_dense(x) || !is_dense(result) || x.scalar_type() != result.scalar_type()) return false;
+  return !x.is_conj() && !x.is_neg() && without_ones(x) == without_ones(result);
+}
+
 Slot Recorder::add_result(const Recorded& recorded, const at::Tensor& result, bool is_constant) {
   const auto slot = add(result);
   auto& value = values_[slot];
@@ -151,6 +170,11 @@ Slot Recorder::add_result(const Recorded& recorded, const at::Tensor& result, bo
     return slot;
   }
   if (const auto same = equal_operand(recorded, result)) value.same_as = values_[*same].same_as;
+  if (sums_nothing(recorded, result)) {
+    const auto& source = value_of(recorded.call.operands[0]);
+    value.base = source.base;
+    value.offset = source.offset;
+  }
   return slot;
 }
 

@@ -52,6 +52,7 @@ class Recorder final : public Level {
   Slot add_result(const Recorded& recorded, const at::Tensor& result, bool is_constant);
   bool is_constant(const Recorded& recorded) const;
   std::optional<Slot> equal_operand(const Recorded& recorded, const at::Tensor& result) const;
+  bool sums_nothing(const Recorded& recorded, const at::Tensor& result) const;
 
   Slot storage_of(Slot slot) const;
 

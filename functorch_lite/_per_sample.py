@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from functorch_lite import _per_sample_checks
 from functorch_lite._boundary import boundary
-from functorch_lite._per_sample_run import PerSample, no_autocast
-from functorch_lite._per_sample_terms import Total
+from functorch_lite._per_sample_run import PerSample
+from functorch_lite._per_sample_terms import Total, Wanted
+from functorch_lite._per_sample_uses import no_autocast
 
 Params = dict[str, Tensor]
 
@@ -56,11 +57,11 @@ def per_sample_grads(
         Random operators draw other numbers for each example. Under transforms, and for ``params`` that require grad,
         the result can be differentiated.
     """
-    run = PerSample("per_sample_grads", model, loss, batch_dim)
+    run = PerSample("per_sample_grads", Wanted.GRADIENTS, model, loss, batch_dim)
 
     def gradients(params: Params, batch: Any) -> Params:
         found = run.terms(params, batch)
-        with no_autocast(params):
+        with no_autocast(next(iter(params.values()))):
             return {name: found.pop(name).gradients() for name in list(found)}
 
     return _outside_graphs(boundary("per_sample_grads", gradients))
@@ -98,11 +99,11 @@ def per_sample_grad_norms(
         Goodfellow, Efficient per-example gradient computations, 2015. Li, Tramer, Liang, Hashimoto, Large language
         models can be strong differentially private learners, 2022.
     """
-    run = PerSample("per_sample_grad_norms", model, loss, batch_dim)
+    run = PerSample("per_sample_grad_norms", Wanted.NORMS, model, loss, batch_dim)
 
     def norms(params: Params, batch: Any) -> Tensor:
         found = run.terms(params, batch)
-        with no_autocast(params):
+        with no_autocast(next(iter(params.values()))):
             return _norms(found)
 
     return _outside_graphs(boundary("per_sample_grad_norms", norms))
@@ -142,12 +143,12 @@ def clipped_grad_sum(
         Abadi et al., Deep learning with differential privacy, 2016. Bu, Wang, Zha, Karypis, Differentially private
         optimization on large model at small cost, 2023.
     """
-    run = PerSample("clipped_grad_sum", model, loss, batch_dim)
+    run = PerSample("clipped_grad_sum", Wanted.SUMS, model, loss, batch_dim)
     _per_sample_checks.check_max_norm("clipped_grad_sum", max_norm)
 
     def clipped(params: Params, batch: Any) -> tuple[Params, Tensor]:
         found = run.terms(params, batch)
-        with no_autocast(params):
+        with no_autocast(next(iter(params.values()))):
             norms = _norms(found)
             weights = (max_norm / norms).clamp(max=1.0)
             return {name: found.pop(name).weighted_sum(weights) for name in list(found)}, norms

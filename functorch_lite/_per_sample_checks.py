@@ -63,31 +63,30 @@ def check_batch(called: str, batch: Any) -> None:
 def batch_size(called: str, batch: Any, tensors: Sequence[Tensor], dims: Sequence[int]) -> int:
     """The one size of all tensors in their dimension of examples."""
     size: int | None = None
-    paths = [path for path, leaf in zip(_paths(batch), _tree.flatten(tuple(batch))[0], strict=True) if _is_tensor(leaf)]
-    for tensor, dim, path in zip(tensors, dims, paths, strict=True):
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         if not -tensor.dim() <= dim < tensor.dim():
             raise ValueError(
-                f"{called}: got batch{path} of shape {tuple(tensor.shape)}, expected examples in dimension {dim}; pass "
-                f"a value that is the same for all examples as a number, or keep it in the model."
+                f"{called}: got batch{_path(batch, i)} of shape {tuple(tensor.shape)}, expected examples in "
+                f"dimension {dim}; pass a value that is the same for all examples as a number, or keep it in the model."
             )
         if size is None:
-            size, first = tensor.shape[dim], path
+            size, first = tensor.shape[dim], i
         elif tensor.shape[dim] != size:
             raise ValueError(
-                f"{called}: got {size} examples in batch{first} and {tensor.shape[dim]} in batch{path} (dimension "
-                f"{dim} of {tuple(tensor.shape)}), expected one number of examples; pass tensors of the same batch."
+                f"{called}: got {size} examples in batch{_path(batch, first)} and {tensor.shape[dim]} in "
+                f"batch{_path(batch, i)} (dimension {dim} of {tuple(tensor.shape)}), "
+                f"expected one number of examples; pass tensors of the same batch."
             )
     if size is None:
         raise ValueError(f"{called}: got batch without a tensor, expected examples; pass (input, *targets).")
     return size
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _paths(batch: Any) -> list[str]:
-    return _tree.paths(tuple(batch))
+def _path(batch: Any, index: int) -> str:
+    """Of one of the tensors."""
+    whole = tuple(batch)
+    leaves = zip(_tree.paths(whole), _tree.flatten(whole)[0], strict=True)
+    return [path for path, leaf in leaves if isinstance(leaf, Tensor)][index]
 
 
 def refuse_batch_norm(called: str, name: str, module: nn.Module) -> NoReturn:

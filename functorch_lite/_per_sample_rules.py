@@ -19,7 +19,7 @@ from functorch_lite._per_sample_uses import Uses
 
 
 def _linear(uses: Uses, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if uses.same_for_all(input) or not uses.same_for_all(weight, bias) or weight.dim() != 2:
+    if uses.same_for_all(input) or not uses.can_share(weight, bias) or weight.dim() != 2:
         return NotImplemented
     with _C.Below():
         x = uses.batch_of(input)
@@ -31,7 +31,7 @@ def _linear(uses: Uses, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 def _matmul(uses: Uses, input: Tensor, other: Tensor) -> Any:
-    if uses.same_for_all(input) or not uses.same_for_all(other) or other.dim() != 2:
+    if uses.same_for_all(input) or not uses.can_share(other) or other.dim() != 2:
         return NotImplemented
     with _C.Below():
         x = uses.batch_of(input)
@@ -62,7 +62,7 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if uses.same_for_all(input) or not uses.same_for_all(weight, bias):
+    if uses.same_for_all(input) or not uses.can_share(weight, bias):
         return NotImplemented
     dims, batch_size = weight.dim() - 2, uses.vmap.batch_size
     options: dict[str, Any] = {"stride": _each(stride, dims), "dilation": _each(dilation, dims), "groups": groups}
@@ -73,7 +73,7 @@ def _conv(
             x, padding = _padded(x, weight.shape[2:], options["dilation"])
         options["padding"] = _each(0 if padding == "valid" else padding, dims)
         result = function(x, uses.shared(weight), uses.shared_or_none(bias), **options)
-        value, shape = uses.keep(x), uses.constant(weight)
+        value, shape = uses.keep(x), uses.shared(weight)
         return uses.record(
             result,
             (weight, lambda g: ConvWeight(value, g, shape, batch_size, options)),
@@ -103,13 +103,13 @@ def _conv_transpose(
     }
     extra = _each(output_padding, dims)
     slack = any(more >= step for more, step in zip(extra, options["stride"], strict=True))
-    if slack or uses.same_for_all(input) or not uses.same_for_all(weight, bias):
+    if slack or uses.same_for_all(input) or not uses.can_share(weight, bias):
         return NotImplemented
     with _C.Below():
         batch = uses.batch_of(input)
         x = _joined(batch, dims + 2)
         result = function(x, uses.shared(weight), uses.shared_or_none(bias), output_padding=extra, **options)
-        value, shape = uses.keep(x), uses.constant(weight)
+        value, shape = uses.keep(x), uses.shared(weight)
         # The transpose of a convolution: what went in and the cotangent change places.
         return uses.record(
             result,
@@ -148,7 +148,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     special = max_norm is not None or scale_grad_by_freq
-    if special or uses.same_for_all(input) or not uses.same_for_all(weight):
+    if special or uses.same_for_all(input) or not uses.can_share(weight):
         return NotImplemented
     rows = weight.shape[0]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else rows + padding_idx
@@ -231,9 +231,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if training or not uses.same_for_all(running_mean, running_var):
+    if training or not uses.can_share(running_mean, running_var):
         return NotImplemented
-    mean, variance = (None if x is None else uses.constant(x) for x in (running_mean, running_var))
+    mean, variance = (None if x is None else uses.shared(x) for x in (running_mean, running_var))
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps)
@@ -259,7 +259,7 @@ def _affine(
     reduce: Callable[[Tensor], Tensor],
 ) -> Any:
     """A normalization, scaled and shifted; ``reduce`` sums a cotangent of what it returns in each example."""
-    if uses.same_for_all(input) or not uses.same_for_all(weight, bias):
+    if uses.same_for_all(input) or not uses.can_share(weight, bias):
         return NotImplemented
     with _C.Below():
         batch = uses.batch_of(input)

@@ -8,7 +8,6 @@ recorded calls, everything is done again with `vmap` of `grad`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from functorch_lite import _C, _checks, _per_sample_checks, _tree
 from functorch_lite._modules import functional_call
 from functorch_lite._per_sample_rules import RULES
-from functorch_lite._per_sample_terms import Dense, Term, Total
+from functorch_lite._per_sample_terms import Dense, Total, Wanted
 from functorch_lite._per_sample_uses import Source, UnseenUse, Uses
 from functorch_lite._vjp import grad
 from functorch_lite._vmap import map_rows, vmap
@@ -57,11 +56,14 @@ class Batch:
 class PerSample:
     """A model and a loss, and what is done with the gradients of each example's loss."""
 
-    def __init__(self, called: str, model: nn.Module, loss: Callable[..., Any], batch_dim: int | None) -> None:
+    def __init__(
+        self, called: str, wanted: Wanted, model: nn.Module, loss: Callable[..., Any], batch_dim: int | None
+    ) -> None:
         _checks.check_module(called, model)
         _checks.check_callable(called, loss)
         _per_sample_checks.check_batch_dim(called, batch_dim)
-        self.called, self.model, self.loss, self.batch_dim = called, model, loss, batch_dim
+        self.called, self.wanted = called, wanted
+        self.model, self.loss, self.batch_dim = model, loss, batch_dim
         #: Whether a parameter was used past the recorded calls: it will be again.
         self._falls_back = False
 
@@ -70,7 +72,7 @@ class PerSample:
         state = self._state(params)
         examples = Batch(self.called, batch, self.batch_dim)
         if examples.size == 0:
-            return {name: Total([], p, 0) for name, p in state.params.items()}
+            return self._totals(state, examples)
         self._check_batch_norm()
         if not self._falls_back:
             try:
@@ -128,16 +130,23 @@ class PerSample:
 
         in_dims = (None, *[0] * len(examples.tensors))
         gradients = vmap(grad(loss), in_dims, randomness="different")(state.params, *examples.tensors)
-        return {name: Total([Dense(gradients[name])], p, examples.size) for name, p in state.params.items()}
+        totals = self._totals(state, examples)
+        for name, total in totals.items():
+            total.add(Dense(gradients[name]))
+        return totals
+
+    def _totals(self, state: State, examples: Batch) -> dict[str, Total]:
+        return {name: Total(p, examples.size, self.wanted) for name, p in state.params.items()}
 
     def _from_calls(self, state: State, examples: Batch) -> dict[str, Total]:
         """By the recorded calls."""
         autodiff = _C.AutodiffLevel(False, self.called)
+        token = next(iter(state.params.values())).new_zeros(())
         with autodiff:
             seen = {name: autodiff.lift_variable(p) for name, p in state.params.items()}
             with _C.VmapLevel(examples.size, _C.Randomness.different) as level:
-                uses = Uses(autodiff, level, RULES)
-                sources = {name: uses.add(tensor) for name, tensor in seen.items()}
+                uses = Uses(autodiff, level, RULES, autodiff.lift_variable(token))
+                sources = {name: uses.add(tensor, self.wanted) for name, tensor in seen.items()}
                 lifted = examples.filled([level.lift(x, 0) for x in examples.tensors])
                 with uses:
                     value = self._loss_of_one({**state.constants, **seen}, lifted)
@@ -145,50 +154,37 @@ class PerSample:
             if dim is None:
                 losses = losses.expand(examples.size)
         uses.check_unwritten()
-        terms = terms_of(autodiff, losses, list(sources.values()), list(uses.sources.values()))
-        return {
-            name: Total(terms[source], p, examples.size)
-            for (name, source), p in zip(sources.items(), state.params.values(), strict=True)
-        }
+        run_backward(uses, losses, list(sources.values()))
+        return {name: source.gradient for name, source in sources.items()}
 
 
-def terms_of(
-    autodiff: _C.AutodiffLevel, losses: Tensor, parameters: list[Source], sources: list[Source]
-) -> dict[Source, list[Term]]:
-    """The terms of each parameter's gradient, by one backward pass."""
-    results = list({id(result): result for source in sources for result, _ in source.uses}.values())
+def run_backward(uses: Uses, losses: Tensor, parameters: list[Source]) -> None:
+    """Find the gradient of each source. The recorded calls add their terms while this runs."""
+    autodiff = uses.autodiff
+    repeated = {source: source.repeated for source in uses.sources.values() if source.repeated is not None}
     ones = torch.ones_like(autodiff.value_of(losses))
-    found = autodiff.backward([losses], [ones], [*results, *(source.tensor for source in parameters)], False)
-    if any(cotangent is not None for cotangent in found[len(results) :]):
+    inputs = [uses.token, *repeated.values(), *(source.tensor for source in parameters)]
+    _, *found = autodiff.backward([losses], [ones], inputs, False)
+    if any(gradient is not None for gradient in found[len(repeated) :]):
         raise UnseenUse
-    cotangents = {id(result): cotangent for result, cotangent in zip(results, found, strict=False)}
-    terms: dict[Source, list[Term]] = {}
-    with no_autocast({"losses": losses}):
-        for source in sources:
-            used = ((make, cotangents[id(result)]) for result, make in source.uses)
-            terms[source] = [make(cotangent) for make, cotangent in used if cotangent is not None]
-    _pull_back_computed(autodiff, parameters, terms)
-    return terms
+    for source, gradient in zip(repeated, found, strict=False):
+        if gradient is not None:
+            source.gradient.add(Dense(gradient))
+    _pull_back_computed(autodiff, parameters, [s for s in uses.sources.values() if s not in parameters])
 
 
-def _pull_back_computed(autodiff: _C.AutodiffLevel, parameters: list[Source], terms: dict[Source, list[Term]]) -> None:
+def _pull_back_computed(autodiff: _C.AutodiffLevel, parameters: list[Source], computed: list[Source]) -> None:
     """From what was computed from parameters to these."""
-    computed = [source for source in terms if terms[source] and source not in parameters]
+    computed = [source for source in computed if not source.gradient.is_zero]
     if not computed:
         return
-    totals = [Total(terms[source], autodiff.value_of(source.tensor), 0).gradients() for source in computed]
+    rows = [source.gradient.gradients() for source in computed]
     variables = [source.tensor for source in parameters]
 
     def pull(*gradients: Tensor) -> list[Tensor | None]:
         return autodiff.backward([source.tensor for source in computed], gradients, variables, True)
 
-    pulled = map_rows(pull, totals, totals[0].shape[0], 0, "error")
+    pulled = map_rows(pull, rows, rows[0].shape[0], 0, "error")
     for source, gradients in zip(parameters, pulled, strict=True):
         if gradients is not None:
-            terms[source].append(Dense(gradients))
-
-
-def no_autocast(tensors: dict[str, Tensor]) -> AbstractContextManager[Any]:
-    """Terms are summed in the dtype of the parameters, wherever autocast let the model run in another one."""
-    device = next(iter(tensors.values())).device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+            source.gradient.add(Dense(gradients))

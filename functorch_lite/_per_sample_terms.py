@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ class Term:
         """Each example's: (examples, *shape of the parameter)."""
         raise NotImplementedError
 
-    def square_norms(self) -> Tensor | None:
-        """Of each example's; None where making the gradients is the cheapest way to find them."""
-        return None
+    def gradients_are_cheaper(self) -> bool:
+        """Than what has the same norms and sums."""
+        return False
+
+    def square_norms(self) -> Tensor:
+        """Of each example's."""
+        raise NotImplementedError
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Of all examples', in the parameter's shape."""
@@ -38,9 +43,8 @@ class Dense(Term):
     def gradients(self) -> Tensor:
         return self._gradients
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        rows = self._gradients.flatten(1)
-        return (weights.to(rows.dtype) @ rows).view(self._gradients.shape[1:])
+    def gradients_are_cheaper(self) -> bool:
+        return True
 
 
 class Product(Term):
@@ -58,8 +62,12 @@ class Product(Term):
         cotangents, inputs = self.factors()
         return _products(cotangents, inputs).reshape(inputs.shape[0], *self.shape())
 
-    def square_norms(self) -> Tensor | None:
-        return _square_norms_of_products(*self.factors()) if _gram_is_cheaper(*self.sizes()) else None
+    def gradients_are_cheaper(self) -> bool:
+        places, outputs, inputs = self.sizes()
+        return places > 1 and places * (outputs + inputs) > outputs * inputs
+
+    def square_norms(self) -> Tensor:
+        return _square_norms_of_products(*self.factors())
 
     def sizes(self) -> tuple[int, int, int]:
         """Places, outputs and inputs of the factors."""
@@ -187,36 +195,68 @@ class EmbeddingWeight(Term):
         return zeros.index_add(0, self.ids.flatten(), weighted.flatten(0, 1))
 
 
-class Total(Term):
-    """The whole gradient of a parameter."""
+class Wanted(enum.Enum):
+    """What the gradients are for."""
 
-    def __init__(self, terms: list[Term], parameter: Tensor, batch_size: int) -> None:
-        self._terms, self._like, self._batch_size = terms, parameter, batch_size
+    GRADIENTS = enum.auto()
+    NORMS = enum.auto()
+    #: The norms, and then sums weighted by them.
+    SUMS = enum.auto()
+
+
+class Total:
+    """The whole gradient of a parameter. Keeps no more of each term than what is wanted needs."""
+
+    def __init__(self, parameter: Tensor, batch_size: int, wanted: Wanted) -> None:
+        self._like, self._batch_size, self._wanted = parameter, batch_size, wanted
+        #: How many terms there may be.
+        self.uses = 0
+        self._terms: list[Term] = []
+        self._gradients: Tensor | None = None
+        self._norms: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no term came."""
+        return not self._terms and self._gradients is None and self._norms is None
+
+    def add(self, term: Term) -> None:
+        """Add a term. Its gradients are made here if they will be."""
+        if self._wanted is Wanted.GRADIENTS or term.gradients_are_cheaper():
+            gradients = term.gradients().to(self._like.dtype)
+            self._gradients = gradients if self._gradients is None else self._gradients + gradients
+        elif self._wanted is Wanted.NORMS and self.uses == 1:
+            self._norms = term.square_norms()
+        else:
+            self._terms.append(term)
 
     def gradients(self) -> Tensor:
-        if not self._terms:
+        """Each example's: (examples, *shape of the parameter)."""
+        for term in self._terms:
+            gradients = term.gradients().to(self._like.dtype)
+            self._gradients = gradients if self._gradients is None else self._gradients + gradients
+        self._terms = []
+        if self._gradients is None:
             return self._like.new_zeros(self._batch_size, *self._like.shape)
-        return self._sum(lambda term: term.gradients())
+        return self._gradients
 
     def square_norms(self) -> Tensor:
-        if not self._terms:
-            return _precise(self._like.new_zeros(self._batch_size))
-        norms = self._terms[0].square_norms() if len(self._terms) == 1 else _joined_square_norms(self._terms)
-        if norms is None:
-            gradients = self.gradients()
-            self._terms = [Dense(gradients)]
-            norms = _square_norms(gradients)
-        return norms
+        """Of each example's."""
+        if self._norms is None and self._gradients is None and self._terms:
+            self._norms = square_norms_of_sum(self._terms)
+        if self._norms is None:
+            self._norms = _square_norms(self.gradients())
+        return self._norms
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        if not self._terms:
-            return torch.zeros_like(self._like)
-        return self._sum(lambda term: term.weighted_sum(weights))
-
-    def _sum(self, part: Callable[[Term], Tensor]) -> Tensor:
-        total = part(self._terms[0]).to(self._like.dtype)
-        for term in self._terms[1:]:
-            total = total + part(term).to(self._like.dtype)
+        """Of all examples', in the parameter's shape."""
+        if self._gradients is not None:
+            rows = self._gradients.flatten(1)
+            return (weights.to(rows.dtype) @ rows).view(self._like.shape)
+        total = torch.zeros_like(self._like)
+        for i, term in enumerate(self._terms):
+            part = term.weighted_sum(weights).to(self._like.dtype)
+            total = part if i == 0 else total + part
         return total
 
 
@@ -235,11 +275,6 @@ def _products(cotangents: Tensor, inputs: Tensor) -> Tensor:
     return cotangents.mT * inputs if cotangents.shape[2] == 1 else cotangents.mT @ inputs
 
 
-def _gram_is_cheaper(places: int, outputs: int, inputs: int) -> bool:
-    """Than the gradients themselves, to find their norms."""
-    return places == 1 or places * (outputs + inputs) <= outputs * inputs
-
-
 def _square_norms_of_products(cotangents: Tensor, inputs: Tensor) -> Tensor:
     cotangents, inputs = _precise(cotangents), _precise(inputs)
     if cotangents.shape[2] == 1:
@@ -247,8 +282,10 @@ def _square_norms_of_products(cotangents: Tensor, inputs: Tensor) -> Tensor:
     return ((cotangents @ cotangents.mT) * (inputs @ inputs.mT)).flatten(1).sum(1)
 
 
-def _joined_square_norms(terms: list[Term]) -> Tensor | None:
-    """Of the sum of several terms without their gradients; None where those are cheaper."""
+def square_norms_of_sum(terms: list[Term]) -> Tensor | None:
+    """Of several terms, without their gradients; None where those are needed."""
+    if len(terms) == 1:
+        return terms[0].square_norms()
     linear = [term.factors() for term in terms if isinstance(term, LinearWeight)]
     tables = [term for term in terms if isinstance(term, EmbeddingWeight)]
     if len(linear) + len(tables) < len(terms):
@@ -257,11 +294,8 @@ def _joined_square_norms(terms: list[Term]) -> Tensor | None:
     if not linear:
         return table.square_norms() if table is not None else None
     cotangents, inputs = (torch.cat(factors, 2) for factors in zip(*linear, strict=True))
-    if table is None:
-        places, outputs = cotangents.shape[2:]
-        cheaper = _gram_is_cheaper(places, outputs, inputs.shape[-1])
-        return _square_norms_of_products(cotangents, inputs) if cheaper else None
-    return _square_norms_of_products(cotangents, inputs) + table.square_norms() + 2 * table.dot(cotangents, inputs)
+    norms = _square_norms_of_products(cotangents, inputs)
+    return norms if table is None else norms + table.square_norms() + 2 * table.dot(cotangents, inputs)
 
 
 def _joined_tables(tables: list[EmbeddingWeight]) -> EmbeddingWeight:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from functorch_lite import _C
-from functorch_lite._per_sample_terms import Dense, Term
+from functorch_lite._per_sample_terms import Term, Total, Wanted
 
 # From the cotangent of what a call returned to a term of the parameter's gradient.
 MakeTerm = Callable[[Tensor], Term]
@@ -32,29 +34,64 @@ class Source:
     #: The same at the autodiff level.
     tensor: Tensor
     version: int
-    #: The value as a variable of its own: what calls that a rule knows use in its place.
-    variable: Tensor
-    #: The value repeated for each example: what other calls use, once there is one.
+    gradient: Total
+    #: The value repeated for each example, a variable: what calls without a rule use, once there is one.
     repeated: Tensor | None = None
-    uses: list[tuple[Tensor, MakeTerm]] = field(default_factory=list)
+
+
+class _Tap(Function):
+    """The identity. In the backward pass terms are made of the cotangent as soon as it is there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, autodiff: _C.AutodiffLevel, known: list[tuple[Source, MakeTerm]], result: Tensor, token: Tensor
+    ) -> Tensor:
+        """A tensor of its own, as the model may write into it."""
+        ctx.known = known
+        ctx.set_materialize_grads(False)
+        return autodiff.lift_constant(autodiff.value_of(result))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The cotangent of the result is its own."""
+        (cotangent,) = grads
+        if cotangent is not None:
+            value = _C.strip_closed_levels(cotangent)
+            with no_autocast(value):
+                for source, make in ctx.known:
+                    source.gradient.add(make(value))
+            ctx.known = ()  # what terms were made of
+        return None, None, cotangent, None
+
+
+# Past the Python of Function.apply, which this package replaces, too.
+_tap: Callable[..., Tensor] = super(Function, _Tap).apply
 
 
 class Uses(TorchFunctionMode):
     """Watches a model that runs at a vmap level on top of an autodiff level."""
 
-    def __init__(self, autodiff: _C.AutodiffLevel, vmap: _C.VmapLevel, rules: dict[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        autodiff: _C.AutodiffLevel,
+        vmap: _C.VmapLevel,
+        rules: dict[Any, Callable[..., Any]],
+        token: Tensor,
+    ) -> None:
         super().__init__()
         self.autodiff, self.vmap, self._rules = autodiff, vmap, rules
+        #: A variable that all recorded results depend on, so that the backward pass reaches them.
+        self.token = token
         self.sources: dict[int, Source] = {}
         self._saved: list[tuple[Tensor, int]] = []
 
-    def add(self, handle: Tensor) -> Source:
+    def add(self, handle: Tensor, wanted: Wanted) -> Source:
         """Watch a tensor that all examples share."""
         tensor, dim = self.vmap.unwrap(handle)
         if dim is not None:  # what a random operator made of a parameter
             raise UnseenUse
-        variable = self.autodiff.lift_variable(self.autodiff.value_of(tensor))
-        self.sources[id(handle)] = source = Source(handle, tensor, tensor._version, variable)
+        total = Total(self.autodiff.value_of(tensor), self.vmap.batch_size, wanted)
+        self.sources[id(handle)] = source = Source(handle, tensor, tensor._version, total)
         return source
 
     def check_unwritten(self) -> None:
@@ -62,6 +99,7 @@ class Uses(TorchFunctionMode):
         written = any(tensor._version != version for tensor, version in self._saved)
         if written or any(source.tensor._version != source.version for source in self.sources.values()):
             raise UnseenUse
+        self._saved = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,23 +139,27 @@ class Uses(TorchFunctionMode):
                 return False
         return True
 
+    def can_share(self, *tensors: Tensor | None) -> bool:
+        """Whether all examples share these, and what they depend on is known: `shared` may take their values."""
+        return all(
+            tensor is None
+            or id(tensor) in self.sources
+            or (self.same_for_all(tensor) and not self.vmap.unwrap(tensor)[0].requires_grad)
+            for tensor in tensors
+        )
+
     def batch_of(self, tensor: Tensor) -> Tensor:
         """The value of a tensor that differs between examples, with these in front. For calls below the vmap level."""
         value, dim = self.vmap.unwrap(tensor)
         return value.movedim(dim, 0) if dim else value
 
     def shared(self, tensor: Tensor) -> Tensor:
-        """The value of a tensor that all examples share. For calls below the vmap level."""
-        source = self.source_of(tensor)
-        return self.vmap.unwrap(tensor)[0] if source is None else source.variable
+        """The value of a tensor that all examples share, below the autodiff level."""
+        return self.autodiff.value_of(self.vmap.unwrap(tensor)[0])
 
     def shared_or_none(self, tensor: Tensor | None) -> Tensor | None:
         """The same for an argument that may be left out."""
         return None if tensor is None else self.shared(tensor)
-
-    def constant(self, tensor: Tensor) -> Tensor:
-        """The value below the autodiff level of a tensor that all examples share."""
-        return self.autodiff.value_of(self.vmap.unwrap(tensor)[0])
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The value below the autodiff level, for a term."""
@@ -131,32 +173,34 @@ class Uses(TorchFunctionMode):
 
         Returns it as the model gets it, in ``shape``, whose first dimension is that of the examples.
         """
-        if result.requires_grad:  # the model may have asked not to record
-            for tensor, make in uses:
-                source = self.source_of(tensor)
-                if source is not None:
-                    source.uses.append((result, make))
-        # The model may write into what it gets, which has the memory of the result and none of its place in the graph.
-        return self.vmap.lift(torch.ops.aten._unsafe_view(result, result.shape if shape is None else shape), 0)
+        known = [(source, make) for tensor, make in uses if (source := self.source_of(tensor)) is not None]
+        for source, _ in known:
+            source.gradient.uses += torch.is_grad_enabled()
+        result = _tap(self.autodiff, known, result, self.token)
+        return self.vmap.lift(result if shape is None else result.view(shape), 0)
 
     # Calls without a rule.
 
     def _has_source(self, values: Any) -> bool:
+        return next(self._sources_in(values), None) is not None
+
+    def _sources_in(self, values: Any) -> Iterator[Source]:
         sources = self.sources
         for value in values:
             if isinstance(value, Tensor):
                 if id(value) in sources:
-                    return True
-            elif isinstance(value, (list, tuple)) and self._has_source(value):
-                return True
-        return False
+                    yield sources[id(value)]
+            elif isinstance(value, (list, tuple)):
+                yield from self._sources_in(value)
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is computed from sources alone is a source, too."""
         result = func(*args, **kwargs)
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, Tensor) and id(leaf) not in self.sources and self.vmap.unwrap(leaf)[0].requires_grad:
-                self.add(leaf)
+                self.add(leaf, Wanted.GRADIENTS)
+                for source in self._sources_in((*args, *kwargs.values())):
+                    source.gradient.uses += 1
         return result
 
     def _with_repeated(self, value: Any) -> Any:
@@ -171,11 +215,17 @@ class Uses(TorchFunctionMode):
                 shared = self.autodiff.value_of(source.tensor)
                 rows = self.autodiff.value_of(shared.expand(self.vmap.batch_size, *shared.shape))
                 source.repeated = self.autodiff.lift_variable(rows)
-            source.uses.append((source.repeated, Dense))
+            source.gradient.uses += 1
         return self.vmap.lift(source.repeated, 0)
 
 
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Terms are summed in the dtype of the parameters, wherever autocast let the model run in another one."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @functools.cache

@@ -76,6 +76,28 @@ def test_large_constants_are_made_in_each_run():
     assert "zeros" in calls(lines)
 
 
+def test_sums_along_dimensions_of_size_one_are_views():
+    def f(x):
+        y = x.sin()[:, None]
+        return [y.sum(1) * 2, y.sum((1,), True).exp(), x.cos()[None].sum((0,)).tanh()]
+
+    assert "sum.dim_IntList" not in calls(program_of(f, X))
+    for g in (
+        lambda x: [x.sin(), x.sin()[None].sum(0)],
+        lambda x: [y := x.sin(), y[None].sum(0), y[None].sum(0)],
+        lambda x: [x[None].sum(0)],
+        lambda x: [(y := x[None].sum(0)), y.exp(), y[0].exp(), x.exp()],
+    ):
+        outputs = replay(make_fx(g)(X), [X])
+        for _ in range(2):
+            x = torch.rand(3, 3)
+            results = outputs([x])
+            assert_close(results, g(x), rtol=0, atol=0)
+            memories = [y.untyped_storage()._cdata for y in (*results, x)]
+            assert len(set(memories)) == len(memories)
+    assert "sum.dim_IntList" in calls(program_of(lambda x: [x.sum((0,)), x[:1].T.sum(1, dtype=torch.float64)], X))
+
+
 def test_lists_and_several_results():
     program_of(lambda x: [torch.cat([x, torch.ones(1, 3), x * 2]), *torch.linalg.svd(x @ x.T + torch.eye(3))[1:2]], X)
     program_of(lambda x: [x.sort(0)[1], x.max(1)[0]], X)

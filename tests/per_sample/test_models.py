@@ -48,8 +48,8 @@ class Language(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, ids):
-        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=x.dtype)
+        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=x.device, dtype=x.dtype)
         return self.head(self.encoder(x, mask, is_causal=True))
 
 
@@ -93,7 +93,7 @@ class Bare(nn.Module):
         y = x @ self.w * self.scale.exp() + F.linear(x, self.w[:, :4].T, None).sum(-1, keepdim=True)
         y = F.linear(y, (self.mix + self.mix.T) / 2, self.w[0]).tanh()
         y = torch.einsum("bi,ij->bj", y, self.mix) * self.w.norm()
-        return F.linear(y, torch.ones(3, 5, dtype=y.dtype), self.bias)
+        return F.linear(y, torch.ones(3, 5, dtype=y.dtype, device=y.device), self.bias)
 
 
 class Scale(torch.autograd.Function):
@@ -117,6 +117,93 @@ class WithFunction(nn.Module):
 
     def forward(self, x):
         return self.layer(Scale.apply(x, self.w))
+
+
+class WithFunctionOfWeight(nn.Module):
+    """A call with a parameter that is seen and a weight that depends on one in a way that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.scale, self.bias = (nn.Parameter(torch.randn(n)) for n in ((3, 4), (4,), (3,)))
+
+    def forward(self, x):
+        return F.linear(x, Scale.apply(self.w, self.scale), self.bias)
+
+
+class InPlace(nn.Module):
+    """What each layer returns is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.norm = nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.conv, self.groups, self.head = nn.Conv1d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x.mul_(2).sin_()
+        y = self.linear(x)
+        y[..., 0] = 0.5
+        y[:, 1] += x[:, 0]
+        z = self.norm(y.clone())
+        z[:, :2].tanh_()
+        frames = self.conv(z.transpose(1, 2)[0])
+        frames.relu_()
+        out = self.groups(frames[None])
+        out += frames
+        out = self.head(out.mean(-1))
+        out.exp_()
+        return out
+
+
+class Sequences(nn.Module):
+    """A whole nn.Transformer, and an LSTM in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.Transformer(4, 2, 1, 1, 6, 0.0, batch_first=True)
+        self.lstm, self.head = nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.transformer(x, x[:, :2]))[0][:, -1])
+
+
+class Experts(nn.Module):
+    """Each example chooses a part of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.gate = nn.Parameter(torch.randn(5, 4, 3)), nn.Linear(4, 5)
+
+    def forward(self, x):
+        scores = self.gate(x)
+        return (x[:, None] @ self.experts[scores.argmax(-1)])[:, 0] * scores.max()
+
+
+class Lists(nn.Module):
+    """Calls that take lists of parameters, and operators by their own names."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList([torch.randn(4, 3) for _ in range(3)])
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        y = torch.stack([x @ part for part in self.parts]).sum(0) + x @ torch.stack(list(self.parts)).mean(0)
+        y = y + torch.block_diag(*self.parts).sum() + x @ sum(self.parts) + torch.addmm(self.bias, x, self.parts[0])
+        return torch.ops.aten.add.Tensor(y, torch.ops.aten.mul.Tensor(self.bias, 2.0))
+
+
+class WithVmap(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return fl.vmap(lambda row: self.layer(row).sin())(x)
+
+
+def _orthogonal():
+    return nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 3))
 
 
 class Checkpointed(nn.Module):
@@ -208,12 +295,20 @@ MODELS = {
     "conv_in_loop": (_conv_in_loop, _rows(2, 5, 4)),
     "bare_parameters": (Bare, _rows(4)),
     "weight_norm": (_weight_norm, _rows(4)),
+    "in_place": (InPlace, lambda: (torch.randint(7, (EXAMPLES, 6)), torch.randint(3, (EXAMPLES,)))),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), _rows(4)),
+    "orthogonal": (_orthogonal, _rows(4)),
+    "sequences": (Sequences, _rows(5, 4)),
+    "experts": (Experts, _rows(4)),
+    "lists": (Lists, _rows(4)),
     "hooks": (Hooked, _rows(4)),
     "drop_connect_of_nothing": (DropConnect, _rows(4)),
 }
 FALLING_BACK = {
     "function": (WithFunction, _rows(4)),
+    "function_of_weight": (WithFunctionOfWeight, _rows(4)),
     "checkpoint": (Checkpointed, _rows(4)),
+    "vmap": (WithVmap, _rows(4)),
     "derivative": (WithDerivative, _rows(4)),
     "written": (Written, _rows(4)),
 }
@@ -242,3 +337,12 @@ def test_by_transforms(name, monkeypatch):
     torch.manual_seed(0)
     make, data = FALLING_BACK[name]
     check(make().double(), F.cross_entropy, _double(data()), monkeypatch=monkeypatch, falls_back=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch found none")
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name):
+    torch.manual_seed(0)
+    make, data = MODELS[name]
+    check(make().double().cuda(), F.cross_entropy, tuple(x.cuda() for x in _double(data())))

@@ -10,6 +10,7 @@ from torch import nn
 import functorch_lite as fl
 
 from .reference import loop, norms_of, parameters
+from .test_models import MODELS
 
 
 def _cnn():
@@ -181,3 +182,19 @@ def test_torch_compile_leaves_it_out():
     got = step(parameters(model), batch)
     expected = norms_of(loop(model, F.cross_entropy, (batch[0] * 2, batch[1]))) * 3
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["transformer_tied", "twice_gram", "in_place", "lists"])
+def test_models_under_transforms(name):
+    """Norms in a graph, mapped over models, and differentiated."""
+    make, data = MODELS[name]
+    model, batch = make().double(), tuple(x.double() if x.is_floating_point() else x for x in data())
+    params, norms, reference = parameters(model), fl.per_sample_grad_norms(model, F.cross_entropy), _reference(model)
+    expected = norms_of(loop(model, F.cross_entropy, batch))
+    torch.testing.assert_close(fl.jit(norms)(params, batch), expected)
+    copies = {name: torch.stack([p, p * 2]) for name, p in params.items()}
+    torch.testing.assert_close(fl.vmap(norms, (0, None))(copies, batch)[0], expected)
+    _close(
+        fl.grad(lambda params: norms(params, batch).sum())(params),
+        fl.grad(lambda params: norms_of(reference(params, batch)).sum())(params),
+    )
