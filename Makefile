@@ -27,7 +27,7 @@ ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
   endif
 endif
 
-.PHONY: help build tour notebooks test lint docs bench clean
+.PHONY: help build tour notebooks test clients lint docs bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -45,6 +45,16 @@ notebooks: build/ready  ## Run every notebook and print their times; pictures an
 
 test: build/ready  ## Run the tests on all processors; ARGS="-k vmap" selects
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/ $(ARGS)
+
+# The packages go beside the torch that is there. Where their torchvision does not fit it, they do without.
+clients: build/ready  ## Install Opacus, curvlinops, TorchOpt, laplace-torch and GPyTorch into .venv-clients, and run their tests
+	@test -x .venv-clients/bin/python || $(PY) -m venv .venv-clients
+	@$(PY) -c 'import site; [print(f"import site; site.addsitedir({d!r})") for d in site.getsitepackages()]' \
+	  > "$$(.venv-clients/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	@echo "torch==$(TORCH_VERSION)" > build/constraints.txt
+	.venv-clients/bin/python -m pip install -q -c build/constraints.txt -r tests/clients/requirements.txt
+	@.venv-clients/bin/python -c 'import torchvision' 2>/dev/null || .venv-clients/bin/python -m pip uninstall -qy torchvision
+	@OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/clients $(ARGS)
 
 lint: build/ready  ## Check format, style and types
 	@$(PY) -c 'import clang_format, mypy, ruff' 2>/dev/null || $(PY) -m pip install --no-build-isolation -e '.[lint]'
@@ -72,7 +82,7 @@ bench: build/ready  ## Measure overhead, small problems, growth, batching rules,
 	@$(PY) benchmarks/torch_compile.py
 
 clean:  ## Remove what was built, and .venv
-	rm -rf build .venv *.egg-info functorch_lite/*.so functorch_lite/_built_for.py
+	rm -rf build .venv .venv-clients *.egg-info functorch_lite/*.so functorch_lite/_built_for.py
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One line for each file that is compiled; everything else is in the log.

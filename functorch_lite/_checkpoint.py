@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.utils.checkpoint as plain
 
-from functorch_lite import _C
+from functorch_lite._outside import is_outside
 from functorch_lite._remat import remat
 
 # What `plain.checkpoint` calls is kept under this name on the function, so that it can be replaced for those who
@@ -27,7 +27,7 @@ def _plain_checkpoint() -> Callable[..., Any]:
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _C.current_level() is None:
+    if is_outside():
         return _plain_checkpoint()(function, *args, **kwargs)
     return _checkpoint_inside(function, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 
 from functorch_lite import _C, _checks, _rules, _tree, _units
+from functorch_lite._outside import is_outside
 from functorch_lite._transpose import transpose
 from functorch_lite._units import Call, Context, Unit, as_tuple
 
@@ -29,7 +30,7 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     args = _tree.captured(args)
     # What a backward pass saved are wrappers of a level that is closed by now.
     args = tuple(_C.strip_closed_levels(arg) if isinstance(arg, Tensor) and _C.is_wrapper(arg) else arg for arg in args)
-    if _C.current_level() is None or _belongs_to_an_operator(cls):
+    if is_outside() or _belongs_to_an_operator(cls):
         return _units.plain_apply(cls, *args, **kwargs)
     if _has_setup_context(cls) and (kwargs or getattr(cls.forward, "__defaults__", None)):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from functorch_lite import _C
+from functorch_lite._outside import is_outside
 
 _plain_new: Callable[..., Tensor] = Tensor.new
 _plain_new_tensor: Callable[..., Tensor] = Tensor.new_tensor
 
 
+def _is_wrapped(tensor: Tensor) -> bool:
+    # A wrapper of torch.func's around one of ours has no device either.
+    return _C.is_wrapper(tensor) or (_C.current_level() is not None and is_outside())
+
+
 def _new(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not _C.is_wrapper(tensor):
+    if not _is_wrapped(tensor):
         return _plain_new(tensor, *args, **kwargs)
     if len(args) == 1 and isinstance(args[0], Tensor):
         return args[0].detach()
@@ -29,7 +35,7 @@ def _new(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _new_tensor(tensor: Tensor, data: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if not _C.is_wrapper(tensor):
+    if not _is_wrapped(tensor):
         return _plain_new_tensor(tensor, data, *args, **kwargs)
     options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
     options.update((name, value) for name, value in kwargs.items() if value is not None)

@@ -177,12 +177,12 @@ def test_dynamo_imported_meanwhile():
 
     script = (
         "import torch, functorch_lite\n"
-        "own = torch.func.jacrev\n"
+        "own = [torch.func.jacrev]  # not by a name that is replaced\n"
         "with functorch_lite.overlay():\n"
         "    stand_in = torch.func.jacrev\n"
         "    import torch._dynamo\n"
         "    from torch._dynamo.trace_rules import get_torch_obj_rule_map\n"
-        "    assert own in get_torch_obj_rule_map() and stand_in not in get_torch_obj_rule_map()\n"
+        "    assert own[0] in get_torch_obj_rule_map() and stand_in not in get_torch_obj_rule_map()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -366,6 +366,32 @@ def test_theirs_returned_from_inside_ours():
     assert_close(fl.vmap(pulled_late)(X), torch.stack([expected(row) for row in X]))
     assert_close(fl.vmap(fl.grad(pulled_late))(X), fl.vmap(fl.grad(expected))(X))
     assert_close(fl.jvp(pulled_late, (x,), (x,)), fl.jvp(expected, (x,), (x,)))
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the derivative of the sine, so that nobody can miss it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return 2 * cotangent * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("outer", ["grad", "vmap", "jacrev", "functionalize"])
+def test_functions_and_new_tensors_inside_theirs_inside_ours(outer):
+    f = lambda x: (Doubled.apply(x) * x.new_tensor([2.0]) + x.new(3).zero_()).sum()
+    nested = lambda inner: OURS[outer](lambda x: inner(f)(x).sum())(X[1])
+    assert_close(nested(torch.func.grad), nested(fl.grad))
+    assert_close(fl.grad(f)(X[1]), 4 * X[1].cos())
 
 
 def test_a_batched_number_inside_torch_func():

@@ -75,7 +75,7 @@ def loop(model, x, y):
 
 @pytest.mark.parametrize(("name", "force_functorch"), [*((name, True) for name in MODELS), ("unknown layer", False)])
 def test_per_sample_gradients(name, force_functorch):
-    """`GradSampleModule(model, force_functorch=True)`, against a loop. Layers without a rule of Opacus need no force."""
+    """`GradSampleModule(model, force_functorch=True)`, against a loop. Layers without a rule need no force."""
     make, inputs = MODELS[name]
 
     def example():

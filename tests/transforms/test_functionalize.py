@@ -396,9 +396,10 @@ def test_remove_is_checked():
 
 
 def test_functionalized_by_pytorch():
-    f = torch.func.functionalize(functionalize(lambda x: x + 1))
     with pytest.raises(RuntimeError, match="functionalize: got a tensor of PyTorch's own functionalization"):
-        f(numbers(3))
+        functionalize(lambda x: x + 1)(torch._to_functional_tensor(numbers(3)))
+    with pytest.raises(RuntimeError, match=r"functionalize: got a call inside a transform of torch.func"):
+        torch.func.functionalize(functionalize(lambda x: x + 1))(numbers(3))
 
 
 def test_containers_and_other_leaves():
