@@ -155,7 +155,8 @@ def _traced(
     # Sizes that happen to be equal in this call need not be equal in the next. And without allow_non_fake_inputs: a
     # real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
-    with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
+    no_values = torch.autograd.set_detect_anomaly(False)
+    with _C.Outside(), fake_mode, no_values, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, inputs, fake_mode, copies)
         plain = Packing(run.fakes).flatten(run.fakes)
         with explained():
