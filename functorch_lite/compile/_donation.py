@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from functorch_lite import _boundary, _checks
+from functorch_lite import _C, _boundary, _checks
 from functorch_lite.compile._arguments import Arguments
 from functorch_lite.compile._subclasses import is_subclass
 
 
 def memory(tensor: Tensor) -> int:
-    """Something that is equal for tensors of one storage."""
+    """Something that is equal for tensors of one storage, at whatever level."""
+    tensor = _C.innermost_value(tensor)
     return tensor.untyped_storage()._cdata if _is_plain(tensor) else id(tensor)
 
 

@@ -200,8 +200,9 @@ class _Entry:
         arguments.check_generators(trace.generators())
         self._captured = [(tensor, _captured_key(tensor)) for tensor in trace.captured]
         self._same_tensors = trace.found_elsewhere
-        self._writes = bool(trace.writes)
-        if self._writes and self._shares_captured(arguments.tensors):
+        #: Whether the function writes tensors that are there before it is called.
+        self.writes = bool(trace.writes)
+        if self.writes and self._shares_captured(arguments.tensors):
             _checks.refuse_shared_memory()
         self._training = [(module, module.training) for module in trace.modules.seen]
         self._owners = [
@@ -246,7 +247,7 @@ class _Entry:
             given = tensors if self._bases is None else self._bases.tensors(tensors)
             if any(given[i] is not tensor for i, tensor in self._same_tensors.items()):
                 return False
-        return not (self._writes and self._shares_captured(tensors))
+        return not (self.writes and self._shares_captured(tensors))
 
     def _shares_captured(self, tensors: list[Tensor]) -> bool:
         memories = {_donation.memory(tensor) for tensor, _ in self._captured}

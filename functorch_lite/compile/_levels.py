@@ -140,11 +140,13 @@ def _recorded(
         return isinstance(leaf, Tensor) and level.value_of(leaf) is not leaf and leaf.requires_grad
 
     which = tuple(i for i, leaf in enumerate(leaves) if is_variable(leaf))
-    if which and not _units.is_differentiated_below(leaves):
+    if which:
         arguments = Arguments(leaves)
         entry = compiled.find(arguments, structure, names)
-        if not _units.is_differentiated_below(entry.specialization.trace.captured):
+        if not _units.is_differentiated_below([*leaves, *entry.specialization.trace.captured]):
             return entry.run(arguments.tensors, level), entry.structure
+        if entry.writes:  # the gradient, which runs the function again, would write again
+            return compiled.function(leaves, structure)
     values = _below(leaves, level.value_of)
     generators = _random.states(values)
     with _C.Below():

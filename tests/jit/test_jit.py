@@ -457,3 +457,31 @@ def test_sizes_that_python_reads_are_not_those_of_other_calls(f):
     for n in (5, 7, 3, 5, 2, 1, 7):
         x = torch.randn(n, 2)
         assert_close(compiled(x), f(x))
+
+
+def _writing(kind, compiled):
+    """A function of x that adds 1 to a tensor from outside, and that tensor."""
+    kept = torch.zeros(3)
+    if kind == "captured":
+        return compiled(lambda x: (kept.add_(1) * x * x * x).sum()), kept
+    f = compiled(lambda x, kept: (kept.add_(1) * x * x * x).sum())
+    return lambda x: f(x, kept), kept
+
+
+@pytest.mark.parametrize("kind", ["captured", "argument"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        fl.grad,
+        lambda f: fl.grad(lambda x: fl.grad(f)(x).sum()),
+        lambda f: lambda x: fl.grad(f)(x * torch.ones(3, requires_grad=True)),
+        lambda f: lambda x: fl.jvp(fl.grad(f), (x,), (x,)),
+        lambda f: lambda x: fl.grad(lambda x: fl.jvp(f, (x,), (x,))[1])(x),
+    ],
+)
+def test_writes_happen_once_in_transforms(kind, transform):
+    results = []
+    for compiled in (lambda f: f, fl.jit):
+        f, kept = _writing(kind, compiled)
+        results.append([(transform(f)(torch.full((3,), 2.0)), kept.clone()) for _ in range(2)])
+    assert_close(results[1], results[0])
