@@ -205,12 +205,12 @@ at::Tensor in_form_of(const at::Tensor& primal, at::Tensor tangent) {
   return primal.is_neg() ? at::_neg_view(at::neg(tangent)) : tangent;
 }
 
-// Whether `x` is batched at each level where `y` is.
+// Whether both are values of the same vmap levels, and `x` is batched where `y` is.
 bool is_batched_like(const at::Tensor& x, const at::Tensor& y) {
   const auto* of_y = as_wrapper(y);
   if (of_y == nullptr) return true;
   const auto* of_x = as_wrapper(x);
-  if (of_x == nullptr || of_x->level() != of_y->level() || of_x->is_symbolic_zero()) return false;
+  if (of_x == nullptr || of_x->level() != of_y->level() || of_y->level()->differentiates()) return false;
   if (of_x->bdim() == kNoBatchDim && of_y->bdim() != kNoBatchDim) return false;
   return is_batched_like(of_x->value(), of_y->value());
 }

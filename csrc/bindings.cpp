@@ -165,6 +165,20 @@ struct AgainContext {
   void exit() { again.reset(); }
 };
 
+// A warning of the pass, as of anomaly mode, is Python's, which needs the lock that the pass does not hold.
+std::vector<at::Tensor> backward_with_warnings(AutodiffLevel& level, const std::vector<at::Tensor>& outputs,
+                                               const std::vector<at::Tensor>& cotangents,
+                                               const std::vector<at::Tensor>& inputs, bool keep_graph) {
+  torch::PyWarningHandler handler;
+  try {
+    py::gil_scoped_release no_gil;
+    return level.backward(outputs, cotangents, inputs, keep_graph);
+  } catch (...) {
+    handler.set_in_exception();
+    throw;
+  }
+}
+
 using Reshape = std::function<void()>;
 
 // (outside, inside, whether all writes were made without recording, whether it has another memory now, what changes its
@@ -301,7 +315,7 @@ PYBIND11_MODULE(_C, m) {
       .def("tangent_of", &AutodiffLevel::tangent_of)
       .def("value_of", &AutodiffLevel::value_of)
       .def("take_derivative", &AutodiffLevel::take_derivative)
-      .def("backward", &AutodiffLevel::backward, py::call_guard<py::gil_scoped_release>())
+      .def("backward", &backward_with_warnings)
       .def_static("gradients", &AutodiffLevel::gradients, py::call_guard<py::gil_scoped_release>());
 
   py::class_<FunctionalizeLevel, Level, c10::intrusive_ptr<FunctionalizeLevel>>(m, "FunctionalizeLevel")

@@ -70,6 +70,20 @@ void promote_as_seen(BatchCall& call) {
 
 namespace {
 
+// A number on the CPU may meet tensors of any device. A batch of them may not.
+void move_numbers(BatchCall& call) {
+  std::optional<c10::Device> home;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (call.is_tensor(i) && !call.tensor(i).is_cpu()) home = call.tensor(i).device();
+  }
+  if (!home.has_value()) return;
+  for (size_t i = 0; i < call.size(); ++i) {
+    if (!call.is_batched(i) || call.rank(i) > 0 || !call.tensor(i).is_cpu()) continue;
+    const auto* alias = call.schema().arguments()[i].alias_info();
+    if (alias == nullptr || !alias->isWrite()) call.arg(i) = call.tensor(i).to(*home);
+  }
+}
+
 void run_pointwise(BatchCall& call) {
   int64_t rank = 0;
   int64_t bdim = kNoBatchDim;
@@ -87,7 +101,10 @@ void run_pointwise(BatchCall& call) {
     }
     rank = std::max(rank, r);
   }
-  if (C10_UNLIKELY(has_scalar)) promote_as_seen(call);
+  if (C10_UNLIKELY(has_scalar)) {
+    promote_as_seen(call);
+    move_numbers(call);
+  }
   if (aligned) {
     for (size_t i = 0; i < call.size() && aligned; ++i) aligned = !call.is_batched(i) || call.rank(i) == rank;
   }

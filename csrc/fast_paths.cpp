@@ -104,7 +104,7 @@ struct Operand {
 
 // Where the batch is in a(x) op b(y), if the two can meet as they are.
 std::optional<int64_t> common_batch_dim(const Operand& a, const Operand& b) {
-  const bool promotes = a.value->scalar_type() != b.value->scalar_type();
+  const bool promotes = a.value->scalar_type() != b.value->scalar_type() || a.value->device() != b.value->device();
   if (a.bdim != kNoBatchDim && b.bdim != kNoBatchDim) {
     if (a.bdim == b.bdim && a.rank == b.rank && !promotes) return a.bdim;
     return std::nullopt;

@@ -140,8 +140,8 @@ class RunAgain {
   AutogradModes saved_modes_;
 };
 
-// Has operators come to the door first though no level is open, where torch.export records: the formulas of a level that
-// is closed use its wrappers, which are to be unwrapped before they are seen.
+// Has operators come to the door first though no level is open, where torch.export records: the formulas of a level
+// that is closed use its wrappers, which are to be unwrapped before they are seen.
 class DoorBeforeExport {
  public:
   DoorBeforeExport();

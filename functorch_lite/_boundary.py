@@ -20,7 +20,7 @@ from functorch_lite import _C, _checks, _commits
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-_Span = torch._C._profiler._RecordFunctionFast
+Span = torch._C._profiler._RecordFunctionFast
 
 _OURS = os.path.dirname(__file__) + os.sep
 #: Frames further out have called vmap.
@@ -99,25 +99,48 @@ def _explain(transform: str, error: BaseException) -> None:
         error.args = (_checks.no_derivative_of_out(transform, found["op"] or found["forward"].removesuffix("_out")),)
 
 
-class Transformed:
-    """What users call: an error shows their lines, not ours, a profile the transform, and commits are written.
+class Remade:
+    """A function that is returned to users. pickle and copy.deepcopy make it again from what it was made of."""
 
-    pickle and copy.deepcopy make it again from what it was made of.
-    """
+    __slots__ = ("__dict__", "__weakref__", "_kind", "_made_of", "_span")
 
-    __slots__ = ("__dict__", "__weakref__", "_function", "_made_of", "_span", "_transform")
+    def __init__(self, kind: str, named: object, made_of: MadeOf | None) -> None:
+        # The attributes of a module are not its function's.
+        updated = () if isinstance(named, torch.nn.Module) else functools.WRAPPER_UPDATES
+        functools.update_wrapper(self, named, updated=updated)  # type: ignore[arg-type]
+        self.__dict__.setdefault("__name__", _checks.name_of(named))
+        self._kind, self._made_of, self._span = kind, made_of, f"functorch_lite::{kind}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<{self._kind} of {_checks.name_of(self)}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        if name := _global_name(self):
+            return name
+        if self._made_of is None:
+            raise TypeError(_checks.not_picklable(self._kind))
+        return _make_again, self._made_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self if self._made_of is None else _make_again(*copy.deepcopy(self._made_of, memo))
+
+
+class Transformed(Remade):
+    """What transforms return: an error shows the user's lines, a profile the transform, and commits are written."""
+
+    __slots__ = ("_function",)
 
     def __init__(self, transform: str, function: Callable[..., Any], like: object, made_of: MadeOf | None) -> None:
-        named = like if callable(like) else function
-        functools.update_wrapper(self, named)
-        self.__dict__.setdefault("__name__", _checks.name_of(named))
-        self._transform, self._function, self._made_of = transform, function, made_of
-        self._span = f"functorch_lite::{transform}"
+        super().__init__(transform, like if callable(like) else function, made_of)
+        self._function = function
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         try:
             if profiler._is_profiler_enabled:
-                with _Span(self._span):
+                with Span(self._span):
                     result = self._function(*args, **kwargs)
             else:
                 result = self._function(*args, **kwargs)
@@ -127,29 +150,10 @@ class Transformed:
         except BaseException as error:
             if _commits.waiting:
                 _commits.discard(sys._getframe())
-            _explain(self._transform, error)
+            _explain(self._kind, error)
             if os.environ.get(FULL_TRACEBACK, "0") == "0":
                 error.__traceback__ = _without_our_frames(error.__traceback__)
             raise
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
-
-    def __repr__(self) -> str:
-        return f"<{self._transform} of {_checks.name_of(self)}>"
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        if name := _global_name(self):
-            return name
-        if self._made_of is None:
-            raise TypeError(_checks.not_picklable(self._transform))
-        return _make_again, self._made_of
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Transformed:
-        if self._made_of is None:
-            return self
-        again: Transformed = _make_again(*copy.deepcopy(self._made_of, memo))
-        return again
 
 
 _commits.boundary_code.append(Transformed.__call__.__code__)
@@ -161,7 +165,7 @@ def _make_again(transform: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     return transform(*args, **kwargs)
 
 
-def _global_name(transformed: Transformed) -> str:
+def _global_name(transformed: Remade) -> str:
     """Its name, if that is what its module has under the name, as with a transform that is a decorator."""
     qualified: str = getattr(transformed, "__qualname__", "")
     found: Any = sys.modules.get(transformed.__module__)

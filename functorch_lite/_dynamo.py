@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
 from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_fullgraph_compiled_frame_count
@@ -582,15 +582,21 @@ for _function in (_vjp.Pullback.run, _vjp.Pullback.pull, _jvp.push_forward, _vma
 # Regions.
 
 
-@has_side_effect
-def run_at_level(body: fx.GraphModule, level: _C.Level, *args: Any) -> tuple[Any, ...]:
-    """Run a region."""
-    with level, _explained(level):
-        if fx.traceback.has_preserved_node_meta():
-            result: tuple[Any, ...] = fx.Interpreter(body).run(*args)
-        else:
-            result = body(*args)
-        return result
+class Region(nn.Module):
+    """What runs at a level. A module, for torch.export takes attributes that functions get for parameters."""
+
+    _is_impure = True  # or fx would leave out what only writes
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, level: _C.Level, *args: Any) -> Any:
+        """Run it."""
+        with level, _explained(level):
+            if fx.traceback.has_preserved_node_meta():
+                return fx.Interpreter(self.body).run(*args)
+            return self.body(*args)
 
 
 @contextmanager
@@ -642,7 +648,7 @@ def _value_outside(result: Any) -> Any:
 
 
 def _make_regions(module: fx.GraphModule) -> None:
-    """Replace what is between the opening and the closing of a level by a call of `run_at_level`."""
+    """Replace what is between the opening and the closing of a level by a call of a `Region`."""
     for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         opened: list[fx.Node] = []
         for node in list(owner.graph.nodes):
@@ -679,9 +685,9 @@ def _make_region(owner: fx.GraphModule, enter: fx.Node, leave: fx.Node) -> None:
     body.output(tuple(copies[n] for n in outputs))
 
     name = f"region_{sum(n.startswith('region_') for n in dict(owner.named_children()))}"
-    setattr(owner, name, fx.GraphModule(owner, body, name))
+    setattr(owner, name, Region(fx.GraphModule(owner, body, name)))
     with graph.inserting_before(leave):
-        called = graph.call_function(run_at_level, (graph.get_attr(name), level, *inputs))
+        called = graph.call_module(name, (level, *inputs))
         for i, n in enumerate(outputs):
             output = graph.call_function(operator.getitem, (called, i))
             output.meta = {**n.meta, "functorch_lite_inside": True}

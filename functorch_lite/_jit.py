@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import profiler
 from torch.utils import _pytree as pytree
 
 from functorch_lite import _boundary, _checks
@@ -70,8 +70,7 @@ def jit(
         identity matrix, which are left out.
     """
     _checks.check_callable("jit", func)
-    from functorch_lite.compile import _arguments, _user
-    from functorch_lite.compile._flat_graph import flat_graph
+    from functorch_lite.compile import _user
 
     compiler = _checks.compiler_of("jit", backend, _named_backends())
     name = getattr(func, "__name__", type(func).__name__)
@@ -79,20 +78,43 @@ def jit(
     compiled.on_compile = _Watch(name, dynamic)
     compiled.donated = None if donate_argnums == () else donate_argnums
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled.call_with(args, kwargs, lambda: _arguments.names(func, args, kwargs))
+    return _Jitted(func, compiled, (jit, (func, backend), {"dynamic": dynamic, "donate_argnums": donate_argnums}))
 
-    def save(file: File, *args: Any, **kwargs: Any) -> None:
-        graph = flat_graph("jit", func, args, kwargs, dynamic=False)
+
+class _Jitted(_boundary.Remade):
+    """What `jit` returns."""
+
+    __slots__ = ("_compiled", "_func")
+
+    def __init__(self, func: Callable[..., Any], compiled: Any, made_of: _boundary.MadeOf) -> None:
+        super().__init__("jit", func, made_of)
+        self._func, self._compiled = func, compiled
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if not profiler._is_profiler_enabled:
+            return self._compiled.call_with(args, kwargs, lambda: self._names(args, kwargs))
+        with _boundary.Span(self._span):
+            return self._compiled.call_with(args, kwargs, lambda: self._names(args, kwargs))
+
+    def _names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        from functorch_lite.compile import _arguments
+
+        return _arguments.names(self._func, args, kwargs)
+
+    def save(self, file: File, *args: Any, **kwargs: Any) -> None:
+        """Write the graph for these arguments, which `load` reads."""
+        from functorch_lite.compile._flat_graph import flat_graph
+
+        graph = flat_graph("jit", self._func, args, kwargs, dynamic=False)
         torch.export.save(torch.export.export(_Graph(graph), args, kwargs), file)
 
-    call.save = save  # type: ignore[attr-defined]
-    if isinstance(func, nn.Module):
-        call.__name__, call.__doc__ = name, type(func).__doc__
-    else:
-        functools.update_wrapper(call, func)
-    call._torchdynamo_inline = func  # type: ignore[attr-defined]  # as for aot_function
-    return call
+
+def _traced_by_dynamo(jitted: Any, *args: Any, **kwargs: Any) -> Any:
+    return jitted._func(*args, **kwargs)
+
+
+# As for aot_function: what torch.compile puts into a graph of its own.
+_Jitted.__call__._torchdynamo_inline = _traced_by_dynamo  # type: ignore[attr-defined]
 
 
 def _named_backends() -> dict[str, Callable[..., Any]]:

@@ -12,6 +12,7 @@ import argparse
 import ast
 import json
 import linecache
+import os
 import subprocess
 import sys
 import time
@@ -74,18 +75,25 @@ def run(path: Path, figures: Path) -> int:
     return len(cells)
 
 
+def processor_seconds_of_children() -> float:
+    """What processes that have ended took."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def run_all(paths: Sequence[Path], figures: Path) -> bool:
     """Run each notebook in a process of its own and print a table of times; returns whether all ran."""
     figures.mkdir(parents=True, exist_ok=True)
     failed = False
-    print(f"{'notebook':20} {'seconds':>8}")
+    print(f"{'notebook':20} {'seconds':>8} {'of processors':>14}")
     for path in paths:
-        log, start = figures / f"{path.stem}.txt", time.perf_counter()
+        log, start, before = figures / f"{path.stem}.txt", time.perf_counter(), processor_seconds_of_children()
         with log.open("w", encoding="utf-8") as output:
             command = [sys.executable, __file__, str(path), "--figures", str(figures)]
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
         failed |= code != 0
-        print(f"{path.stem:20} {time.perf_counter() - start:8.1f}" + (f"  failed: {log}" if code else ""), flush=True)
+        seconds, busy = time.perf_counter() - start, processor_seconds_of_children() - before
+        print(f"{path.stem:20} {seconds:8.1f} {busy:14.1f}" + (f"  failed: {log}" if code else ""), flush=True)
     return not failed
 
 

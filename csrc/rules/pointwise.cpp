@@ -50,7 +50,7 @@ void masked_fill_rule(BatchCall& call) {
   const auto x = call.to_front(0, rank);
   const auto mask = call.to_front(1, rank);
   const auto value = call.is_batched(2) ? call.to_front(2, rank) : call.tensor(2);
-  auto result = at::where(mask, value.to(x.scalar_type()), x);
+  auto result = at::where(mask, value.to(x.options()), x);
   call.set_results(in_place ? x.copy_(result) : result);
   call.finish();
 }

@@ -107,7 +107,7 @@ class Trace:
     def guards(self) -> Callable[[Sequence[Tensor]], bool]:
         """Whether the graph is right for the sizes of the dynamic inputs."""
         arguments = [fake for one, fake in zip(self.inputs, self.fakes, strict=True) if one.dynamic]
-        expression = self.shape_env.produce_guards_expression(arguments)
+        expression = self.shape_env.produce_guards_expression(arguments, ignore_static=False)
         if expression is None:
             return lambda tensors: True
         return lambda tensors: bool(self.shape_env.evaluate_guards_expression(expression, tensors))
@@ -155,7 +155,8 @@ def _traced(
     # Sizes that happen to be equal in this call need not be equal in the next. And without allow_non_fake_inputs: a
     # real tensor that slips through would become a constant.
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
-    with _C.Outside(), fake_mode, enable_python_dispatcher() if symbolic else nullcontext():
+    no_values = torch.autograd.set_detect_anomaly(False)
+    with _C.Outside(), fake_mode, no_values, enable_python_dispatcher() if symbolic else nullcontext():
         run = _TracedRun(function, inputs, fake_mode, copies)
         plain = Packing(run.fakes).flatten(run.fakes)
         with explained():

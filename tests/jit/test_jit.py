@@ -438,3 +438,22 @@ def test_save_and_load_with_state():
     x = torch.randn(3)
     for i in range(1, 4):
         assert_close(loaded(x, scale=torch.tensor(3.0)), net(x) * 3 * i)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.new_zeros(len(x)) + x.sum(),
+        lambda x: x.reshape(len(x), -1).sum(1),
+        lambda x: torch.zeros(int(x.shape[0])) + x.sum(),
+        lambda x: sum(x[i] for i in range(x.shape[0])),
+        lambda x: x.sum() * float(x.shape[0]),
+        lambda x: x * 2 if x.shape[0] > 4 else x * 3,
+        lambda x: torch.stack(list(x)).cumsum(0),
+    ],
+)
+def test_sizes_that_python_reads_are_not_those_of_other_calls(f):
+    compiled = fl.jit(f, dynamic=True)
+    for n in (5, 7, 3, 5, 2, 1, 7):
+        x = torch.randn(n, 2)
+        assert_close(compiled(x), f(x))
