@@ -7,7 +7,7 @@ from functorch_lite import grad, hessian, jacrev, jvp, overlay
 from tests.clients.support import assert_equal_on_both, calls_of_ours
 
 gpytorch = pytest.importorskip("gpytorch", reason="gpytorch is not installed: make clients")
-pytestmark = pytest.mark.filterwarnings("ignore", "error:::functorch_lite")
+pytestmark = pytest.mark.filterwarnings("ignore", "error::functorch_lite.LoopFallbackWarning")
 
 
 class Regression(gpytorch.models.ExactGP):
