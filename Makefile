@@ -67,7 +67,7 @@ docs: build/ready  ## Build the documentation site into build/docs; runs the not
 	@$(PY) -c 'import furo, myst_nb' 2>/dev/null || $(PY) -m pip install --no-build-isolation -e '.[docs]'
 	$(PY) -m sphinx -n -W --keep-going -d build/doctrees docs build/docs
 
-bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, partitions, compiled steps and compiled transforms
+bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, per-sample gradients, partitions, compiled steps and compiled transforms
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/small.py
 	@$(PY) benchmarks/growth.py
@@ -76,6 +76,7 @@ bench: build/ready  ## Measure overhead, small problems, growth, batching rules,
 	@$(PY) benchmarks/memory.py
 	@$(PY) benchmarks/modules.py
 	@$(PY) benchmarks/attention.py
+	@$(PY) benchmarks/per_sample.py
 	@$(PY) benchmarks/partition.py
 	@$(PY) benchmarks/compile_memory.py
 	@$(PY) benchmarks/compile.py
