@@ -83,7 +83,7 @@ bench: build/ready  ## Measure overhead, small problems, growth, batching rules,
 	@$(PY) benchmarks/torch_compile.py
 
 clean:  ## Remove what was built, and .venv
-	rm -rf build .venv .venv-clients *.egg-info functorch_lite/*.so functorch_lite/_built_for.py
+	rm -rf build docs/notebooks .venv .venv-clients *.egg-info functorch_lite/*.so functorch_lite/_built_for.py
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One line for each file that is compiled; everything else is in the log.
