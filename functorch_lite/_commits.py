@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -185,6 +184,5 @@ def outermost(function: Callable[..., Any], *args: Any) -> Any:
         finish(frame)
         return result
     finally:
-        with suppress(KeyError):
-            del _depths[frame]
+        del _depths[frame]
         discard(frame)
