@@ -63,9 +63,9 @@ lint: build/ready  ## Check format, style and types
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-docs: build/ready  ## Build the documentation site into build/docs; runs the notebooks that have changed
+docs: build/ready  ## Build the documentation site into build/docs; runs the notebooks that have changed (not with ARGS="-D nb_execution_mode=off")
 	@$(PY) -c 'import furo, myst_nb' 2>/dev/null || $(PY) -m pip install --no-build-isolation -e '.[docs]'
-	$(PY) -m sphinx -n -W --keep-going -d build/doctrees docs build/docs
+	$(PY) -m sphinx -n -W --keep-going -d build/doctrees $(ARGS) docs build/docs
 
 bench: build/ready  ## Measure overhead, small problems, growth, batching rules, linearize, memory, modules, attention, per-sample gradients, partitions, compiled steps and compiled transforms
 	@$(PY) benchmarks/overhead.py

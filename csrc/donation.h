@@ -14,8 +14,7 @@ inline at::Tensor take_memory(const at::Tensor& tensor) {
                                                        old->allocator(), old->resizable());
   old->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "This tensor was donated to a call of a functorch_lite.jit function, or shares the memory of one that was: it "
-      "has "
-      "no contents any more. Leave it out of donate_argnums, or use what the function returned.");
+      "has no contents any more. Leave it out of donate_argnums, or use what the function returned.");
   auto result =
       at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)), tensor.key_set(), tensor.dtype());
   result.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());

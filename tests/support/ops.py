@@ -11,9 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.testing._internal import common_utils
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo import core
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree
+
+# For each sample it looks through the stack for a unittest.TestCase, which takes most of the time where many modules
+# have been imported.
+common_utils.extract_test_fn = core.extract_test_fn = lambda: None
 
 T = TypeVar("T")
 
