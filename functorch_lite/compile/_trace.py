@@ -75,11 +75,13 @@ class Trace:
 
     def check_that_nothing_is_kept(self) -> None:
         """Require that no tensor of the run is left, now that the graph has been simplified."""
-        # One belongs to the level itself. Cycles may hold others that nobody can reach.
-        if self.level.tensors_alive > 1:
-            gc.collect()
+        # One belongs to the level itself. Cycles may hold others that nobody can reach: young ones, and a full collection
+        # takes half a second in a large program.
+        for generation in range(3):
             if self.level.tensors_alive > 1:
-                _checks.refuse_kept_tensors(self.level.tensors_alive - 1)
+                gc.collect(generation)
+        if self.level.tensors_alive > 1:
+            _checks.refuse_kept_tensors(self.level.tensors_alive - 1)
 
     @functools.cached_property
     def packed_inputs(self) -> Packing:
