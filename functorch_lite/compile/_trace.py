@@ -75,8 +75,8 @@ class Trace:
 
     def check_that_nothing_is_kept(self) -> None:
         """Require that no tensor of the run is left, now that the graph has been simplified."""
-        # One belongs to the level itself. Cycles may hold others that nobody can reach. They are young, and to look among
-        # all objects takes half a second in a large program.
+        # One belongs to the level itself. Cycles may hold others that nobody can reach. They are young, and to look
+        # among all objects takes half a second in a large program.
         for generation in range(3):
             if self.level.tensors_alive > 1:
                 gc.collect(generation)
