@@ -93,10 +93,8 @@ def forward(self, x_1):
     sin = torch.ops.aten.sin.default(x_1)
     mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
     sum_1 = torch.ops.aten.sum.dim_IntList(mul, [1]);  mul = None
-    ones_like = torch.ops.aten.ones_like.default(sum_1, pin_memory = False)
-    zeros_like = torch.ops.aten.zeros_like.default(sum_1);  sum_1 = None
-    add = torch.ops.aten.add.Tensor(ones_like, zeros_like);  ones_like = zeros_like = None
-    unsqueeze = torch.ops.aten.unsqueeze.default(add, 1);  add = None
+    ones_like = torch.ops.aten.ones_like.default(sum_1, pin_memory = False);  sum_1 = None
+    unsqueeze = torch.ops.aten.unsqueeze.default(ones_like, 1);  ones_like = None
     expand = torch.ops.aten.expand.default(unsqueeze, [2, 3]);  unsqueeze = None
     mul_1 = torch.ops.aten.mul.Tensor(expand, 2);  expand = None
     cos = torch.ops.aten.cos.default(x_1);  x_1 = None
