@@ -50,8 +50,9 @@ void leave_out_leading_ones(const torch::autograd::edge_list& edges, variable_li
     const auto& metadata = edges[i].function->input_metadata(edges[i].input_nr);
     if (metadata.is_nested_tensor()) continue;
     const auto shape = metadata.shape_as_dim_vector();
+    if (static_cast<size_t>(cotangent.dim()) <= shape.size()) continue;  // as nearly always
     const auto sizes = cotangent.sym_sizes();
-    if (sizes.size() <= shape.size() || sizes.slice(sizes.size() - shape.size()) != shape) continue;
+    if (sizes.slice(sizes.size() - shape.size()) != shape) continue;
     while (static_cast<size_t>(cotangent.dim()) > shape.size() && cotangent.sym_size(0) == 1) {
       cotangent = cotangent.squeeze(0);
     }

@@ -282,3 +282,17 @@ def test_jacobians_and_hessians_of_sums():
         jacrev(lambda x: x.cumsum(0) * x)(x), torch.tril(x[:, None].expand(4, 4)) + torch.diag(x.cumsum(0))
     )
     torch.testing.assert_close(hessian(lambda x: x.sum() ** 2)(x), torch.full((4, 4), 2.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 3), (1, 2, 3), (2, 1, 3)])
+def test_broadcast_along_leading_dimensions(shape):
+    """Cotangents are reduced to the shape of the variable: by a sum, or a view where all leading sizes are 1."""
+    x, b = torch.randn(shape, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def f(b):
+        return ((x + b).sin() * b).sum()
+
+    (expected,) = torch.autograd.grad(f(b), b, create_graph=True)
+    torch.testing.assert_close(grad(f)(b.detach()), expected.detach())
+    (second,) = torch.autograd.grad(expected.sum(), b)
+    torch.testing.assert_close(grad(lambda b: grad(f)(b).sum())(b.detach()), second)
